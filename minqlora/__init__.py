@@ -1,0 +1,42 @@
+"""minqlora: QLoRA in pure PyTorch, to run, to change, and to read.
+
+The whole method is one equation. A frozen weight lives in 4 bits, with scales in 8; a thin correction on top of it is trained::
+
+    Y = X @ dequant(dequant(nested_absmax, absmax_codes), packed).T + scaling * (X @ lora_A.T) @ lora_B.T
+
+and the optimizer's moments for lora_A and lora_B are paged to host memory. Each of its parts is a chapter, and a chapter
+imports only those above it, so the package reads from top to bottom:
+
+    Part I, the method                 Part II, a transformer around it     Part III, a run
+     1 codebook    the 16 levels        8 architecture  config.json          17 run     the folder of a run
+     3 quantize    blocks and scales    9 model         the network
+     4 matmul      decode and multiply 10 checkpoint    files to a model
+     5 nf4         NF4Tensor           11 adapter       PEFT folders
+     6 lora        the adapters        12 tokenizer     text and templates
+     7 optim       PagedAdamW          13 data          rows to labels
+                                       14 loss          cross entropy
+                                       15 generate      one token at a time
+
+Letters, in every shape comment: B batch, T time (positions), D width of the residual stream, H heads, Hd width of a head,
+N out_features, K in_features, r rank, n_blocks quantization blocks.
+
+Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer, "QLoRA: Efficient Finetuning of Quantized LLMs", 2023; "the paper" below.
+"""
+
+from minqlora.adapter import load_adapter, save_adapter
+from minqlora.checkpoint import load_model
+from minqlora.generate import generate
+from minqlora.lora import LoRALinear, add_lora
+from minqlora.nf4 import NF4Tensor
+from minqlora.optim import PagedAdamW
+
+__all__ = [
+    "LoRALinear",
+    "NF4Tensor",
+    "PagedAdamW",
+    "add_lora",
+    "generate",
+    "load_adapter",
+    "load_model",
+    "save_adapter",
+]

@@ -1,0 +1,248 @@
+"""Chapter 13. Data: from lines of JSON to rows of tokens that say what is to be learned.
+
+Every row becomes a conversation, every conversation a list of tokens, and beside each token stands its *label*: the token itself
+where it belongs to an answer, -100 where it was given. An answer's end token is learned too, or the model would never stop::
+
+    {"prompt": "2 + 2 =", "completion": "4"}
+
+    input_ids   <|im_start|> user \\n 2 + 2 = <|im_end|> \\n <|im_start|> assistant \\n   4   <|im_end|>
+    labels        -100  -100 ...                                          -100 -100   4   <|im_end|>
+
+Three kinds of rows are recognised by their keys: a pair (prompt / completion, question / answer), an Alpaca row (instruction, input,
+output) and `messages`. If the tokenizer has a chat template, pairs are a question of the user and the assistant's reply, written
+with the template; without one, the prompt's text is followed by the completion's and the end token.
+
+The prompt is tokenized apart from its answer, because that is how it will come when somebody asks.
+
+A batch is not a padded rectangle: its examples stand end to end in one row, (1, T), and `lengths` keeps them apart in attention.
+`targets` are the labels moved one place, so that position t holds the token to be predicted there.
+
+Source of the format names: Stanford Alpaca; OpenAI's chat messages.
+
+Before: tokenizer. Next: loss.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from minqlora.tokenizer import Message, Tokenizer
+
+IGNORE = -100  # the label of a token that is given and not learned; what torch's cross entropy ignores by default
+
+PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+
+
+class Example(NamedTuple):
+    """One conversation as tokens; `labels` are the ids of the tokens to learn and -100 elsewhere. Equally long lists."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class Batch(NamedTuple):
+    """Examples end to end: input_ids and targets (1, T) int64, and the length of each example. Targets are labels one place on."""
+
+    input_ids: Tensor
+    targets: Tensor
+    lengths: list[int]
+
+    @property
+    def supervised(self) -> int:
+        """The number of positions that carry loss."""
+        return int((self.targets != IGNORE).sum())
+
+
+@dataclass
+class DataReport:
+    """What became of the rows of a dataset."""
+
+    rows: int = 0
+    used: int = 0
+    truncated: int = 0  # used, but cut to the maximum length
+    dropped: int = 0  # nothing left to learn: the answer is empty, or beyond the maximum length
+    tokens: int = 0
+    supervised: int = 0
+
+    def __str__(self) -> str:
+        share = self.supervised / max(self.tokens, 1)
+        return (
+            f"{self.used:,} of {self.rows:,} rows used ({self.truncated:,} cut to length, {self.dropped:,} dropped), "
+            f"{self.tokens:,} tokens, {share:.0%} of them supervised"
+        )
+
+
+def load_dataset(paths: Sequence[Path], tokenizer: Tokenizer, max_seq_length: int) -> tuple[list[Example], DataReport]:
+    """Read JSONL files and tokenize them.
+
+    max_seq_length: tokens; longer rows lose their end, rows that lose all of their answer are dropped, and both are counted.
+    Returns the examples in the files' order, and the report. Raises ValueError, naming file and line, for a file that is not
+    there, a line that is not JSON, keys that are not understood, an answer that is missing, null or not text; and if no
+    row is left.
+    """
+    report, examples = DataReport(), []
+    for path in paths:
+        for where, row in _read_jsonl(Path(path)):
+            report.rows += 1
+            try:
+                example = encode(to_messages(row), tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            if len(example.input_ids) > max_seq_length:
+                report.truncated += 1
+                example = Example(example.input_ids[:max_seq_length], example.labels[:max_seq_length])
+            if not any(label != IGNORE for label in example.labels[1:]):
+                report.truncated -= len(example.input_ids) == max_seq_length
+                report.dropped += 1
+                continue
+            report.used += 1
+            report.tokens += len(example.input_ids)
+            report.supervised += sum(label != IGNORE for label in example.labels[1:])
+            examples.append(example)
+    if not examples:
+        files = ", ".join(str(path) for path in paths)
+        raise ValueError(f"{files}: no row left to learn from ({report.rows} read, {report.dropped} dropped)")
+    return examples, report
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    # Yields (where, row); a blank line is not a row.
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}: line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+            if not text.strip():
+                continue
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            yield where, row
+
+
+def to_messages(row: dict[str, Any]) -> list[Message]:
+    """Return the conversation that a row holds: messages with a role and text content, at least one of them the assistant's.
+
+    Raises ValueError if the keys are not those of a known format, or a text is missing, null or not text.
+    """
+    if "messages" in row:
+        return _checked_messages(row["messages"])
+    for prompt_key, answer_key in PAIRS:
+        if prompt_key in row:
+            prompt = _text(row, prompt_key)
+            if prompt_key == "instruction" and row.get("input") not in (None, ""):
+                prompt += "\n\n" + _text(row, "input")
+            return [
+                {"role": "user", "content": prompt},
+                {"role": "assistant", "content": _text(row, answer_key)},
+            ]
+    known = "; ".join(" and ".join(pair) for pair in PAIRS)
+    raise ValueError(f"found the keys {sorted(row)}, expected messages, or one of: {known}")
+
+
+def _checked_messages(messages: Any) -> list[Message]:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"messages must be a list of objects, got {type(messages).__name__}")
+    for number, message in enumerate(messages, start=1):
+        try:
+            _text(message, "role"), _text(message, "content")
+        except ValueError as error:
+            raise ValueError(f"message {number}: {error}") from None
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("messages hold no answer: no message has the role 'assistant'")
+    return messages
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        raise ValueError(f"{key!r} is missing; found {sorted(row)}")
+    if not isinstance(row[key], str):
+        kind = "null" if row[key] is None else type(row[key]).__name__
+        raise ValueError(f"{key!r} must be text, got {kind}")
+    return row[key]
+
+
+def encode(messages: list[Message], tokenizer: Tokenizer) -> Example:
+    """Tokenize a conversation and label every answer of the assistant, its end token included.
+
+    An empty answer is not learned. Raises ValueError if there is no chat template and more than a question and an answer to
+    write, or if the template changes earlier turns when later ones are added.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    written = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt, answer = _segments(messages[: i + 1], tokenizer)
+        if not prompt.startswith(written):
+            raise ValueError("the chat template rewrites earlier turns, so where the answers stand cannot be told")
+        # Only a text that no template wrote gets the tokenizer's own beginning-of-text token.
+        add_bos = tokenizer.chat_template is None
+        given = tokenizer.encode(prompt[len(written) :], add_special_tokens=add_bos)
+        learned = tokenizer.encode(answer)
+        ends = [place for place, token in enumerate(learned) if token in tokenizer.eos_ids]
+        if not ends:
+            learned.append(tokenizer.eos_ids[0])
+            ends = [len(learned) - 1]
+        after_end = ends[-1] + 1
+        input_ids += given + learned
+        labels += [IGNORE] * len(given)
+        labels += learned[:after_end] if message["content"] else [IGNORE] * after_end
+        labels += [IGNORE] * (len(learned) - after_end)
+        written = prompt + answer
+    while labels and labels[-1] == IGNORE:  # what the template writes after the last answer teaches nothing
+        labels.pop()
+    return Example(input_ids[: len(labels)], labels)
+
+
+def _segments(messages: list[Message], tokenizer: Tokenizer) -> tuple[str, str]:
+    # -> the text before the last message, which is the assistant's, and the text of that message with its end
+    if tokenizer.chat_template is None:
+        if [message["role"] for message in messages] != ["user", "assistant"]:
+            raise ValueError("the tokenizer has no chat template: only a prompt and its completion can be written")
+        return messages[0]["content"], messages[1]["content"]
+    prompt = tokenizer.render(messages[:-1], add_generation_prompt=True)
+    whole = tokenizer.render(messages)
+    if not whole.startswith(prompt):
+        raise ValueError("the chat template writes an answer differently from the prompt it answers")
+    return prompt, whole[len(prompt) :]
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Lay examples end to end in one row."""
+    input_ids = [token for example in examples for token in example.input_ids]
+    # Each example's labels move one place to the left; its last token predicts nothing, and never the next example's first.
+    targets = [label for example in examples for label in [*example.labels[1:], IGNORE]]
+    lengths = [len(example.input_ids) for example in examples]
+    return Batch(torch.tensor([input_ids]), torch.tensor([targets]), lengths)
+
+
+def split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Return (train, held out): val_size is a share of the examples if below 1, else how many to hold out, drawn by seed.
+
+    Raises ValueError if nothing would be left to train on.
+    """
+    count = round(val_size * len(examples)) if val_size < 1 else int(val_size)
+    if count >= len(examples):
+        raise ValueError(f"val_size {val_size:g} holds out {count} of {len(examples)} examples: none is left to train on")
+    held_out = set(shuffled(len(examples), seed, epoch=-1)[:count])
+    train = [example for i, example in enumerate(examples) if i not in held_out]
+    return train, [examples[i] for i in sorted(held_out)]
+
+
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """Return the order in which an epoch visits `count` examples: a permutation decided by seed and epoch alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(count, generator=generator).tolist()

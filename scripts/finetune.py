@@ -1,0 +1,325 @@
+"""Fine-tune a language model with QLoRA: 4-bit base, adapters on every linear layer, paged AdamW.
+
+    python scripts/finetune.py --model MODEL_FOLDER --dataset train.jsonl
+    python scripts/finetune.py --config scripts/configs/demo.yaml --max_steps 20
+    python scripts/finetune.py --help
+
+MODEL_FOLDER is an ordinary Hugging Face folder (config.json, safetensors, tokenizer.json). A dataset is JSON Lines, each row one of
+    {"prompt": ..., "completion": ...}    {"question": ..., "answer": ...}    {"instruction": ..., "input": ..., "output": ...}
+    {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+The result is a run folder: an adapter that PEFT loads too, the configuration, and one line of metrics a step.
+
+This file is meant to be edited. It reads from top to bottom: what can be set, then what is done.
+"""
+
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from options import REQUIRED, option, parse, to_yaml, user_errors
+from tqdm import tqdm
+
+from minqlora import PagedAdamW, add_lora, load_model, save_adapter
+from minqlora.checkpoint import default_dtype, quantized_size, write_atomically
+from minqlora.data import Batch, Example, collate, load_dataset, shuffled, split
+from minqlora.loss import supervised_loss
+from minqlora.model import CausalLM
+from minqlora.run import MetricsLog, environment, next_run_folder, peak_memory_gib, require_unused
+from minqlora.tokenizer import Tokenizer
+
+# ---- configuration -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """What can be set. Defaults are the paper's unless the help says why not."""
+
+    model: Path = option(REQUIRED, "folder of the base model", aliases=["model_name_or_path"])
+    dataset: list[Path] = option(REQUIRED, "JSONL files to learn from")
+    eval_dataset: list[Path] | None = option(None, "JSONL files to evaluate on; none: --val_size splits some off")
+    val_size: float = option(0.0, "held-out part of --dataset: a share if below 1, else a number of rows")
+    max_eval_samples: int | None = option(None, "evaluate on at most this many held-out rows")
+    output_dir: Path | None = option(None, "folder for the run, new or empty (default: runs/MODEL-1, -2, ...)")
+
+    bits: Literal[4, 16] = option(4, "bits of the frozen linear layers; 16: no quantization")
+    quant_type: Literal["nf4"] = option("nf4", "levels of the 4-bit code")
+    double_quant: bool = option(True, "quantize the scales too: 4.127 bits per parameter, not 4.5")
+    block_size: int = option(64, "weights that share a scale")
+
+    lora_r: int = option(64, "rank of the adapters")
+    lora_alpha: float = option(16.0, "size of the adapters' correction, scaled by alpha / r")
+    lora_dropout: float = option(0.0, "dropout before the adapters, for small datasets (the paper: 0.1 to 13B, 0.05 above)")
+    lora_target_modules: list[str] = option(["all-linear"], "layers to adapt: all-linear, or names such as q_proj v_proj")
+
+    max_seq_length: int = option(1024, "longest example in tokens; longer ones are cut and counted")
+    per_device_train_batch_size: int = option(1, "examples in a micro-batch, end to end in one row, never padded")
+    gradient_accumulation_steps: int = option(16, "micro-batches an optimizer step")
+    num_train_epochs: float = option(1.0, "passes over the data (the paper: 1 to 3, by dataset)")
+    max_steps: int | None = option(None, "stop after so many optimizer steps, whatever num_train_epochs says")
+    learning_rate: float = option(2e-4, "peak learning rate (the paper: 2e-4 up to 13B, 1e-4 above)")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = option("constant", "schedule after the warmup")
+    warmup_steps: int = option(0, "optimizer steps from rate 0 to the peak")
+    max_grad_norm: float = option(0.3, "clip the gradient to this norm; 0: do not")
+    adam_beta2: float = option(0.999, "decay of AdamW's mean of squared gradients, per step")
+    weight_decay: float = option(0.0, "AdamW's decoupled weight decay, per step and unit of learning rate")
+
+    gradient_checkpointing: bool = option(True, "recompute each block in backward: a third slower, several times leaner")
+    dtype: Literal["bfloat16", "float32"] | None = option(None, "compute dtype (default: what the hardware does well)")
+    device: str | None = option(None, "cpu, cuda, ... (default: an accelerator if there is one)")
+    seed: int = option(0, "seed of the adapters, the order of the data, and dropout")
+
+    logging_steps: int = option(1, "write metrics every so many steps")
+    eval_steps: int | None = option(None, "evaluate every so many steps (default: before the first and after the last)")
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot mean anything."""
+        at_least = {
+            1: "lora_r max_eval_samples max_steps per_device_train_batch_size gradient_accumulation_steps logging_steps eval_steps",
+            2: "max_seq_length block_size",
+            0: "val_size lora_alpha lora_dropout num_train_epochs learning_rate warmup_steps max_grad_norm weight_decay seed",
+        }
+        for least, names in at_least.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and value < least:
+                    raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if not self.dataset:
+            raise ValueError("--dataset needs at least one file")
+        if self.eval_dataset and self.val_size:
+            raise ValueError("--eval_dataset and --val_size both say what to evaluate on; give one")
+
+
+# ---- preparation: every mistake a user can make shows here, before anything is written ----------------------------------
+
+
+@dataclass
+class Prepared:
+    """What training starts from."""
+
+    model: CausalLM
+    train: list[Example]
+    held_out: list[Example]
+    folder: Path
+
+
+def prepare(config: Config) -> Prepared:
+    """Load model and data as configured and say what was found. Raises ValueError for the user's mistakes."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but training runs on one device so far; start it without torchrun"
+        )
+    folder = config.output_dir or next_run_folder(Path("runs"), config.model.resolve().name)
+    require_unused(folder)
+    device = choose_device(config.device)
+    dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
+
+    tokenizer = Tokenizer(config.model)
+    examples, report = load_dataset(config.dataset, tokenizer, config.max_seq_length)
+    print(f"data      {report}")
+    train, held_out = split(examples, config.val_size, config.seed)
+    if config.eval_dataset:
+        held_out, report = load_dataset(config.eval_dataset, tokenizer, config.max_seq_length)
+        print(f"held out  {report}")
+    held_out = held_out[: config.max_eval_samples]
+
+    torch.manual_seed(config.seed)  # before the adapters are drawn
+    with tqdm(unit="B", unit_scale=True, desc="loading", leave=False) as bar:
+        model = load_model(
+            config.model,
+            quant_type=config.quant_type if config.bits == 4 else None,
+            double_quant=config.double_quant,
+            block_size=config.block_size,
+            device=device,
+            dtype=dtype,
+            progress=lambda read, total: show_progress(bar, read, total),
+        )
+    print(f"model     {config.model}: {describe_size(model)}")
+    chosen = "as asked" if config.dtype else "what this hardware does well"
+    print(f"compute   {str(dtype).removeprefix('torch.')} on {device} ({chosen})")
+    targets = config.lora_target_modules
+    adapted = add_lora(
+        model,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    )
+    model.model.gradient_checkpointing = config.gradient_checkpointing
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    print(f"adapters  rank {config.lora_r} on {len(adapted)} layers: {trained:,} parameters to train")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "config.yaml", to_yaml(config).encode())
+    write_atomically(folder / "environment.json", as_json(environment(device, dtype)))
+    return Prepared(model, train, held_out, folder)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device named, or an accelerator if there is one. Raises ValueError for a device that is not there."""
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def describe_size(model: CausalLM) -> str:
+    """Return a line on how many parameters a model has and how many bits the quantized ones take."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    quantized, held = quantized_size(model)
+    if not quantized:
+        return f"{total:,} parameters, none quantized"
+    share = f"{quantized:,} of {total:,} parameters in NF4"
+    return f"{share}, {8 * held / quantized:.3f} bits each ({held / 1e6:.1f} MB)"
+
+
+def show_progress(bar: tqdm, read: int, total: int) -> None:
+    """Move a progress bar to `read` of `total` bytes."""
+    bar.total = total
+    bar.update(read - bar.n)
+
+
+def as_json(value: Any) -> bytes:
+    """Return a value as indented JSON text."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+# ---- training ----------------------------------------------------------------------------------------------------------
+
+
+def micro_batches(examples: list[Example], config: Config) -> Iterator[tuple[float, list[Batch]]]:
+    """Yield, for each optimizer step without end, the epochs passed after it and its micro-batches."""
+    size = config.per_device_train_batch_size
+    step_size = size * config.gradient_accumulation_steps
+    for epoch in itertools.count():
+        order = shuffled(len(examples), config.seed, epoch)
+        for start in range(0, len(order), step_size):
+            chosen = [examples[i] for i in order[start : start + step_size]]
+            batches = [collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+            yield epoch + (start + len(chosen)) / len(order), batches
+
+
+def rate_factor(config: Config, total_steps: int, step: int) -> float:
+    """Return what the peak learning rate is multiplied by in a step, counted from 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    rest = (total_steps - step) / max(total_steps - config.warmup_steps, 1)  # 1 down to nearly 0
+    return {"constant": 1.0, "linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest)}[config.lr_scheduler_type]
+
+
+@torch.no_grad()
+def evaluate(model: CausalLM, examples: list[Example], batch_size: int) -> float:
+    """Return the mean loss per supervised token of examples that are not trained on."""
+    model.eval()
+    total, supervised = 0.0, 0
+    for start in tqdm(range(0, len(examples), batch_size), desc="evaluating", leave=False):
+        batch = collate(examples[start : start + batch_size])
+        hidden = model.model(batch.input_ids.to(model.device), batch.lengths)
+        total += float(supervised_loss(hidden, batch.targets.to(model.device), model.lm_head.weight))
+        supervised += batch.supervised
+    model.train()
+    return total / supervised
+
+
+def train(config: Config, prepared: Prepared) -> None:
+    """Run the training loop and write the adapter."""
+    model, folder = prepared.model, prepared.folder
+    device = model.device
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = PagedAdamW(
+        trained,
+        lr=config.learning_rate,
+        betas=(0.9, config.adam_beta2),
+        weight_decay=config.weight_decay,
+    )
+    examples_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    steps_per_epoch = math.ceil(len(prepared.train) / examples_per_step)
+    total_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * steps_per_epoch))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(config, total_steps, step))
+    log = MetricsLog(folder)
+    num_tokens = supervised_tokens = 0
+    began = window_began = time.perf_counter()
+    window_tokens = 0
+
+    def log_evaluation(step: int) -> None:
+        if prepared.held_out:
+            loss = evaluate(model, prepared.held_out, examples_per_step)
+            log.write({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(loss)})
+            tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
+
+    log_evaluation(step=0)
+    model.train()
+    bar = tqdm(total=total_steps, desc="training", unit="step")
+    steps = itertools.islice(micro_batches(prepared.train, config), total_steps)
+    for step, (epoch, batches) in enumerate(steps, start=1):
+        supervised = sum(batch.supervised for batch in batches)
+        loss = 0.0
+        for batch in batches:
+            hidden = model.model(batch.input_ids.to(device), batch.lengths)
+            summed = supervised_loss(hidden, batch.targets.to(device), model.lm_head.weight)
+            # Divided by the answers' tokens of the whole step, so that every one of them weighs the same.
+            (summed / supervised).backward()
+            loss += float(summed) / supervised
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
+        if not math.isfinite(loss + grad_norm):
+            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning_rate")
+        learning_rate = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+        num_tokens += sum(sum(batch.lengths) for batch in batches)
+        window_tokens += sum(sum(batch.lengths) for batch in batches)
+        supervised_tokens += supervised
+        bar.update()
+        if step % config.logging_steps == 0 or step == total_steps:
+            now = time.perf_counter()
+            row = {
+                "step": step,
+                "epoch": round(epoch, 4),
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "learning_rate": learning_rate,
+                "tokens_per_second": window_tokens / (now - window_began),
+                "num_tokens": num_tokens,
+                "supervised_tokens": supervised_tokens,
+                "peak_memory_gib": peak_memory_gib(device),
+                "paged_bytes": optimizer.paged_bytes,
+                "eta_seconds": (now - began) / step * (total_steps - step),
+            }
+            log.write(row)
+            window_began, window_tokens = now, 0
+            bar.set_postfix_str(
+                f"loss {loss:.3f}, {row['tokens_per_second']:.0f} tokens/s, peak {row['peak_memory_gib']:.2f} GiB"
+            )
+        if config.eval_steps and step % config.eval_steps == 0 and step < total_steps:
+            log_evaluation(step)
+            window_began = time.perf_counter()
+    bar.close()
+    log_evaluation(step=total_steps)
+    log.close()
+    save_adapter(model, folder, base_model=config.model.name)
+    write_atomically(folder / "completed", b"")
+    print(f"saved     {folder}, after {time.perf_counter() - began:.0f} s; peak memory {peak_memory_gib(device):.2f} GiB")
+
+
+def main() -> None:
+    """Read the configuration, prepare, train."""
+    config = parse(Config, description=__doc__.split("\n\n")[0] if __doc__ else None)
+    with user_errors():
+        prepared = prepare(config)
+    train(config, prepared)
+
+
+if __name__ == "__main__":
+    main()
