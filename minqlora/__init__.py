@@ -1,11 +1,12 @@
 """minqlora: QLoRA in pure PyTorch, to run, to change, and to read.
 
-The whole method is one equation. A frozen weight lives in 4 bits, with scales in 8; a thin correction on top of it is trained::
+The whole method is one equation. A frozen weight lives in 4 bits, with scales in 8; a thin correction on top
+of it is trained::
 
     Y = X @ dequant(dequant(nested_absmax, absmax_codes), packed).T + scaling * (X @ lora_A.T) @ lora_B.T
 
-and the optimizer's moments for lora_A and lora_B are paged to host memory. Each of its parts is a chapter, and a chapter
-imports only those above it, so the package reads from top to bottom:
+and the optimizer's moments for lora_A and lora_B are paged to host memory. Each of its parts is a chapter,
+and a chapter imports only those above it, so the package reads from top to bottom:
 
     Part I, the method                 Part II, a transformer around it     Part III, a run
      1 codebook    the 16 levels        8 architecture  config.json          17 run     the folder of a run
@@ -17,10 +18,11 @@ imports only those above it, so the package reads from top to bottom:
                                        14 loss          cross entropy
                                        15 generate      one token at a time
 
-Letters, in every shape comment: B batch, T time (positions), D width of the residual stream, H heads, Hd width of a head,
-N out_features, K in_features, r rank, n_blocks quantization blocks.
+Letters, in every shape comment: B batch, T time (positions), D width of the residual stream, H heads, Hd
+width of a head, N out_features, K in_features, r rank, n_blocks quantization blocks.
 
-Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer, "QLoRA: Efficient Finetuning of Quantized LLMs", 2023; "the paper" below.
+Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer, "QLoRA: Efficient Finetuning of Quantized LLMs", 2023; "the
+paper" below.
 """
 
 from minqlora.adapter import load_adapter, save_adapter

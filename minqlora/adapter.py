@@ -1,15 +1,17 @@
 """Chapter 11. Adapter folders: what was trained, in the form that the rest of the world loads.
 
-An adapter is two files. `adapter_config.json` says what was adapted and how; `adapter_model.safetensors` holds the matrices, each
-under the path of its layer::
+An adapter is two files. `adapter_config.json` says what was adapted and how; `adapter_model.safetensors`
+holds the matrices, each under the path of its layer::
 
     base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight   (r, K) float32
     base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight   (N, r) float32
 
-That is the format of PEFT, down to its names, so an adapter trained here runs wherever PEFT's do, and the other way round. Every
-field that PEFT would read is written; one that would change the arithmetic and is not understood here is refused by name.
+That is the format of PEFT, down to its names, so an adapter trained here runs wherever PEFT's do, and the
+other way round. Every field that PEFT would read is written; one that would change the arithmetic and is not
+understood here is refused by name.
 
-Cost: 4 r (N + K) bytes a layer. The weights are written before the config, each atomically: a folder with a config is whole.
+Cost: 4 r (N + K) bytes a layer. The weights are written before the config, each atomically: a folder with a
+config is whole.
 
 Before: checkpoint. Next: tokenizer.
 """
@@ -62,7 +64,7 @@ def save_adapter(model: CausalLM, folder: Path | str, base_model: str | None = N
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     first = next(iter(layers.values()))
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -90,8 +92,9 @@ def save_adapter(model: CausalLM, folder: Path | str, base_model: str | None = N
 def load_adapter(model: CausalLM, folder: Path | str) -> list[str]:
     """Put a PEFT folder's adapters on a model that has none; return the paths of the adapted layers.
 
-    The adapters are trainable, the rest is frozen. Raises ValueError, naming file and key, for a folder that is incomplete or
-    damaged, an option that is not understood, or an adapter made for another model. The model is then as it was.
+    The adapters are trainable, the rest is frozen. Raises ValueError, naming file and key, for a folder that
+    is incomplete or damaged, an option that is not understood, or an adapter made for another model. The
+    model is then as it was.
     """
     folder = Path(folder)
     options = _read_config(folder / CONFIG_FILE)
@@ -111,7 +114,8 @@ def _tensors(model: CausalLM):
 
 
 def _target_modules(model: CausalLM, adapted: list[str]) -> list[str]:
-    # The short names where they say enough ("q_proj"), whole paths where only some layers of a kind are adapted.
+    # The short names where they say enough ("q_proj"), whole paths where only some layers of a kind are
+    # adapted.
     kinds = sorted({name.rpartition(".")[2] for name in adapted})
     by_kind = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in kinds]
     return kinds if set(by_kind) == set(adapted) else sorted(adapted)
@@ -148,15 +152,19 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
 
 
-def _require_fit(model: CausalLM, folder: Path, held: dict[str, Tensor], r: int, target_modules: str | list[str]) -> None:
-    # Before anything is changed: the tensors must be those of the targeted layers of this model, and have their shapes.
+def _require_fit(
+    model: CausalLM, folder: Path, held: dict[str, Tensor], r: int, target_modules: str | list[str]
+) -> None:
+    # Before anything is changed: the tensors must be those of the targeted layers of this model, and have
+    # their shapes.
     try:
         targets = find_targets(model, target_modules)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
     wanted = {}
     for name in targets:
-        n, k = model.get_submodule(name).weight.shape
+        weight = model.get_parameter(f"{name}.weight")
+        n, k = weight.shape
         wanted[f"{_PREFIX}{name}.lora_A.weight"] = (r, k)
         wanted[f"{_PREFIX}{name}.lora_B.weight"] = (n, r)
     path = folder / WEIGHTS_FILE
@@ -167,4 +175,6 @@ def _require_fit(model: CausalLM, folder: Path, held: dict[str, Tensor], r: int,
         raise ValueError(f"{path}: {missing[0]} is missing, but {CONFIG_FILE} targets that layer")
     for key, shape in wanted.items():
         if tuple(held[key].shape) != shape:
-            raise ValueError(f"{path}: {key} has shape {tuple(held[key].shape)}, but this model needs {shape}")
+            raise ValueError(
+                f"{path}: {key} has shape {tuple(held[key].shape)}, but this model needs {shape}"
+            )

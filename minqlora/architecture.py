@@ -1,13 +1,14 @@
 """Chapter 8. The shape of a model: config.json becomes one record.
 
-A checkpoint folder says in `config.json` how its transformer is built: how many layers, how wide, which base the rotary angles
-have. This chapter reads that file once, fills in the defaults that Hugging Face leaves out, and refuses what it does not
-understand, because a field ignored is a model that is silently wrong::
+A checkpoint folder says in `config.json` how its transformer is built: how many layers, how wide, which base
+the rotary angles have. This chapter reads that file once, fills in the defaults that Hugging Face leaves out,
+and refuses what it does not understand, because a field ignored is a model that is silently wrong::
 
     {"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, ...}
     -> Architecture(hidden_size=576, n_heads=9, n_kv_heads=3, head_dim=64, ...)
 
-The families that are understood: Llama (Llama 2, Llama 3, TinyLlama, SmolLM2 and others whose model_type is "llama").
+The families that are understood: Llama (Llama 2, Llama 3, TinyLlama, SmolLM2 and others whose model_type is
+"llama").
 
 Paper: none; Hugging Face's `LlamaConfig` is the reference.
 
@@ -53,15 +54,17 @@ _UNDERSTOOD: dict[str, tuple] = {
 def read_architecture(folder: Path | str) -> Architecture:
     """Read `config.json` in a checkpoint folder.
 
-    Raises ValueError, naming the file and the key, if the folder or file is missing, is not JSON, lacks a key, is of a family
-    that is not supported, or sets a field to a value that is not understood.
+    Raises ValueError, naming the file and the key, if the folder or file is missing, is not JSON, lacks a
+    key, is of a family that is not supported, or sets a field to a value that is not understood.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no such model folder: {folder}")
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path}: not found; a model folder holds config.json, *.safetensors and tokenizer.json")
+        raise ValueError(
+            f"{path}: not found; a model folder holds config.json, *.safetensors and tokenizer.json"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -88,7 +91,9 @@ def architecture_from_config(config: dict[str, Any]) -> Architecture:
     n_kv_heads = _number(config, "num_key_value_heads", n_heads)
     head_dim = _number(config, "head_dim", hidden_size // n_heads)
     if n_heads % n_kv_heads:
-        raise ValueError(f"num_attention_heads = {n_heads} is not a multiple of num_key_value_heads = {n_kv_heads}")
+        raise ValueError(
+            f"num_attention_heads = {n_heads} is not a multiple of num_key_value_heads = {n_kv_heads}"
+        )
     if head_dim % 2:
         raise ValueError(f"head_dim = {head_dim} is odd; rotary embeddings turn pairs")
     return Architecture(
@@ -128,8 +133,9 @@ def _flag(config: dict[str, Any], key: str) -> bool:
 
 
 def _rope_theta(config: dict[str, Any]) -> float:
-    # Old spelling: rope_theta and rope_scaling. New one (transformers 5): both inside rope_parameters. The old one wins.
-    rope = {}
+    # Old spelling: rope_theta and rope_scaling. New one (transformers 5): both inside rope_parameters. The
+    # old one wins.
+    rope: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):
         part = config.get(key)
         if part is not None and not isinstance(part, dict):
@@ -139,5 +145,7 @@ def _rope_theta(config: dict[str, Any]) -> float:
     if kind != "default":
         raise ValueError(f"rotary embeddings of type {kind!r} are not supported; expected 'default'")
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported; expected 1")
+        raise ValueError(
+            f"partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported; expected 1"
+        )
     return _number(rope if "rope_theta" in rope else config, "rope_theta", 10000.0, kind=float)

@@ -1,20 +1,22 @@
 """Chapter 10. Checkpoints: from a Hugging Face folder to a 4-bit model, one tensor at a time.
 
-A 7B checkpoint is 13.5 GB in 16 bits and 3.4 GB in NF4. The first figure must never be in memory: each tensor is read from disk,
-quantized, and dropped before the next one is read::
+A 7B checkpoint is 13.5 GB in 16 bits and 3.4 GB in NF4. The first figure must never be in memory: each tensor
+is read from disk, quantized, and dropped before the next one is read::
 
     model.layers.0.mlp.down_proj.weight   (576, 1536) bfloat16, 1.77 MB  ->  NF4Tensor, 0.46 MB
     model.layers.0.input_layernorm.weight (576,)      bfloat16           ->  the compute dtype
     model.embed_tokens.weight             (49152, 576) bfloat16, 57 MB   ->  as it is; cast where it is used
 
-The model is built first, without memory ("on the meta device"), and so says itself which tensors it wants and in which shape;
-what the folder holds is compared with that list before anything is read. A tensor missing, of another shape, or left over is an
-error that names it: nothing is initialised at random in silence.
+The model is built first, without memory ("on the meta device"), and so says itself which tensors it wants and
+in which shape; what the folder holds is compared with that list before anything is read. A tensor missing, of
+another shape, or left over is an error that names it: nothing is initialised at random in silence.
 
-Shapes and dtypes: weights of linear layers inside blocks (N, K) become NF4Tensor; all else keeps its shape. Cost: peak memory is the
-quantized model plus the largest tensor; time is about that of reading the files and 15 passes over each weight.
+Shapes and dtypes: weights of linear layers inside blocks (N, K) become NF4Tensor; all else keeps its shape.
+Cost: peak memory is the quantized model plus the largest tensor; time is about that of reading the files and
+15 passes over each weight.
 
-Paper: none. Format: safetensors, and Hugging Face's `model.safetensors.index.json` for a model in several files ("shards").
+Paper: none. Format: safetensors, and Hugging Face's `model.safetensors.index.json` for a model in several
+files ("shards").
 
 Before: model. Next: adapter.
 """
@@ -49,12 +51,13 @@ def load_model(
 ) -> CausalLM:
     """Load a Hugging Face checkpoint folder, quantizing the linear layers of its blocks as they arrive.
 
-    quant_type: "nf4", or None for no quantization: linear layers are then in the compute dtype. double_quant, block_size: as in
-    `NF4Tensor.from_float`. device: where the model goes; None is the CPU. dtype: the compute dtype; None asks
-    `default_dtype`. progress: called after each tensor with the bytes read so far and in all.
+    quant_type: "nf4", or None for no quantization: linear layers are then in the compute dtype. double_quant,
+    block_size: as in `NF4Tensor.from_float`. device: where the model goes; None is the CPU. dtype: the
+    compute dtype; None asks `default_dtype`. progress: called after each tensor with the bytes read so far
+    and in all.
 
-    Returns the model in eval mode with every parameter frozen. Raises ValueError, naming file and key, for a folder that is
-    incomplete, damaged or not understood.
+    Returns the model in eval mode with every parameter frozen. Raises ValueError, naming file and key, for a
+    folder that is incomplete, damaged or not understood.
     """
     device = torch.device(device or "cpu")
     dtype = dtype or default_dtype(device)
@@ -94,7 +97,8 @@ def load_model(
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
-    """Return the compute dtype that the hardware does well: bfloat16 where it multiplies bfloat16 natively, else float32.
+    """Return the compute dtype that the hardware does well: bfloat16 where it multiplies bfloat16 natively,
+    else float32.
 
     On a CPU without AVX512-BF16 or AMX a bfloat16 product runs seven times slower than a float32 one.
     """
@@ -108,20 +112,27 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def quantized_size(model: nn.Module) -> tuple[int, int]:
-    """Return how many parameters of a model are held in 4 bits, and the bytes they take, shared codebooks counted once."""
+    """Return how many parameters are held in 4 bits, and their bytes, shared codebooks counted once."""
     quantized = [parameter for parameter in model.parameters() if isinstance(parameter, NF4Tensor)]
-    shared = {id(part): part.nbytes for tensor in quantized for name, part in tensor.parts.items() if name in SHARED_PARTS}
+    shared = {
+        id(part): part.nbytes
+        for tensor in quantized
+        for name, part in tensor.parts.items()
+        if name in SHARED_PARTS
+    }
     count = sum(tensor.numel() for tensor in quantized)
     return count, sum(tensor.nbytes for tensor in quantized) + sum(shared.values())
 
 
-# ---- reading -----------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
-    """Return the file that holds each tensor of a checkpoint folder, from the index or from the single file's header.
+    """Return the file that holds each tensor of a checkpoint folder, from the index or from the single file's
+    header.
 
-    Raises ValueError if there is no safetensors file, or the index is broken, names a file outside the folder, or one missing.
+    Raises ValueError if there is no safetensors file, or the index is broken, names a file outside the
+    folder, or one missing.
     """
     index_path = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
@@ -140,7 +151,9 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         if path.parent != folder or path.name in ("", ".", ".."):
             raise ValueError(f"{index_path}: names a shard outside the folder: {path}")
         if not path.is_file():
-            raise ValueError(f"{path}: shard not found, but {index_path.name} names it; download the folder again")
+            raise ValueError(
+                f"{path}: shard not found, but {index_path.name} names it; download the folder again"
+            )
         with open_safetensors(path) as file:
             held[path] = set(file.keys())
     for name, path in shards.items():
@@ -152,8 +165,8 @@ def find_tensors(folder: Path) -> dict[str, Path]:
 def open_safetensors(path: Path):
     """Open a safetensors file for reading single tensors; a context manager.
 
-    Read by position and not memory-mapped: mapped pages would count as this process's memory, the whole file of them.
-    Raises ValueError, naming the file, if it is not whole.
+    Read by position and not memory-mapped: mapped pages would count as this process's memory, the whole file
+    of them. Raises ValueError, naming the file, if it is not whole.
     """
     try:
         return safe_open(path, framework="pt", backend="pread")
@@ -175,13 +188,17 @@ def _read_tensor(file, path: Path, name: str, shape: torch.Size) -> Tensor:
 def _require_same_names(folder: Path, wanted: dict, shards: dict[str, Path], tied_head: bool) -> None:
     missing = sorted(set(wanted) - set(shards))
     if missing:
-        raise ValueError(f"{folder}: {len(missing)} of {len(wanted)} tensors missing, the first is {missing[0]}")
+        raise ValueError(
+            f"{folder}: {len(missing)} of {len(wanted)} tensors missing, the first is {missing[0]}"
+        )
     ignored = {name for name in shards if name.endswith(_IGNORED_SUFFIXES)}
     if tied_head:
         ignored.add("lm_head.weight")
     left_over = sorted(set(shards) - set(wanted) - ignored)
     if left_over:
-        raise ValueError(f"{folder}: holds {len(left_over)} tensors config.json does not explain, the first is {left_over[0]}")
+        raise ValueError(
+            f"{folder}: {len(left_over)} tensors have no place in this model, the first is {left_over[0]}"
+        )
 
 
 def _replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -189,11 +206,12 @@ def _replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> 
     setattr(model.get_submodule(parent), child, parameter)
 
 
-# ---- writing -----------------------------------------------------------------------------------------------------------
+# ---- writing -----------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, content: bytes | dict[str, Tensor]) -> None:
-    """Write a file so that it exists whole or not at all: temporary name beside it, fsync, rename, fsync of the folder.
+    """Write a file so that it exists whole or not at all: temporary name beside it, fsync, rename, fsync of
+    the folder.
 
     content: bytes, or named tensors for a safetensors file (copied to the CPU first).
     """

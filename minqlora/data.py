@@ -1,21 +1,24 @@
 """Chapter 13. Data: from lines of JSON to rows of tokens that say what is to be learned.
 
-Every row becomes a conversation, every conversation a list of tokens, and beside each token stands its *label*: the token itself
-where it belongs to an answer, -100 where it was given. An answer's end token is learned too, or the model would never stop::
+Every row becomes a conversation, every conversation a list of tokens, and beside each token stands its
+*label*: the token itself where it belongs to an answer, -100 where it was given. An answer's end token is
+learned too, or the model would never stop::
 
     {"prompt": "2 + 2 =", "completion": "4"}
 
     input_ids   <|im_start|> user \\n 2 + 2 = <|im_end|> \\n <|im_start|> assistant \\n   4   <|im_end|>
     labels        -100  -100 ...                                          -100 -100   4   <|im_end|>
 
-Three kinds of rows are recognised by their keys: a pair (prompt / completion, question / answer), an Alpaca row (instruction, input,
-output) and `messages`. If the tokenizer has a chat template, pairs are a question of the user and the assistant's reply, written
-with the template; without one, the prompt's text is followed by the completion's and the end token.
+Three kinds of rows are recognised by their keys: a pair (prompt / completion, question / answer), an Alpaca
+row (instruction, input, output) and `messages`. If the tokenizer has a chat template, pairs are a question of
+the user and the assistant's reply, written with the template; without one, the prompt's text is followed by
+the completion's and the end token.
 
 The prompt is tokenized apart from its answer, because that is how it will come when somebody asks.
 
-A batch is not a padded rectangle: its examples stand end to end in one row, (1, T), and `lengths` keeps them apart in attention.
-`targets` are the labels moved one place, so that position t holds the token to be predicted there.
+A batch is not a padded rectangle: its examples stand end to end in one row, (1, T), and `lengths` keeps them
+apart in attention. `targets` are the labels moved one place, so that position t holds the token to be
+predicted there.
 
 Source of the format names: Stanford Alpaca; OpenAI's chat messages.
 
@@ -33,20 +36,22 @@ from torch import Tensor
 
 from minqlora.tokenizer import Message, Tokenizer
 
-IGNORE = -100  # the label of a token that is given and not learned; what torch's cross entropy ignores by default
+IGNORE = (
+    -100
+)  # the label of a token that is given and not learned; what torch's cross entropy ignores by default
 
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 
 
 class Example(NamedTuple):
-    """One conversation as tokens; `labels` are the ids of the tokens to learn and -100 elsewhere. Equally long lists."""
+    """One conversation as tokens; `labels`, as long, holds the ids to learn and -100 elsewhere."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 class Batch(NamedTuple):
-    """Examples end to end: input_ids and targets (1, T) int64, and the length of each example. Targets are labels one place on."""
+    """Examples end to end: input_ids and targets (1, T) int64, targets the next labels; lengths sum to T."""
 
     input_ids: Tensor
     targets: Tensor
@@ -72,18 +77,21 @@ class DataReport:
     def __str__(self) -> str:
         share = self.supervised / max(self.tokens, 1)
         return (
-            f"{self.used:,} of {self.rows:,} rows used ({self.truncated:,} cut to length, {self.dropped:,} dropped), "
+            f"{self.used:,} of {self.rows:,} rows used "
+            f"({self.truncated:,} cut to length, {self.dropped:,} dropped), "
             f"{self.tokens:,} tokens, {share:.0%} of them supervised"
         )
 
 
-def load_dataset(paths: Sequence[Path], tokenizer: Tokenizer, max_seq_length: int) -> tuple[list[Example], DataReport]:
+def load_dataset(
+    paths: Sequence[Path], tokenizer: Tokenizer, max_seq_length: int
+) -> tuple[list[Example], DataReport]:
     """Read JSONL files and tokenize them.
 
-    max_seq_length: tokens; longer rows lose their end, rows that lose all of their answer are dropped, and both are counted.
-    Returns the examples in the files' order, and the report. Raises ValueError, naming file and line, for a file that is not
-    there, a line that is not JSON, keys that are not understood, an answer that is missing, null or not text; and if no
-    row is left.
+    max_seq_length: tokens; longer rows lose their end, rows that lose all of their answer are dropped, and
+    both are counted. Returns the examples in the files' order, and the report. Raises ValueError, naming file
+    and line, for a file that is not there, a line that is not JSON, keys that are not understood, an answer
+    that is missing, null or not text; and if no row is left.
     """
     report, examples = DataReport(), []
     for path in paths:
@@ -132,7 +140,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def to_messages(row: dict[str, Any]) -> list[Message]:
-    """Return the conversation that a row holds: messages with a role and text content, at least one of them the assistant's.
+    """Return the conversation that a row holds: messages with a role and text content, at least one of them
+    the assistant's.
 
     Raises ValueError if the keys are not those of a known format, or a text is missing, null or not text.
     """
@@ -176,8 +185,8 @@ def _text(row: dict[str, Any], key: str) -> str:
 def encode(messages: list[Message], tokenizer: Tokenizer) -> Example:
     """Tokenize a conversation and label every answer of the assistant, its end token included.
 
-    An empty answer is not learned. Raises ValueError if there is no chat template and more than a question and an answer to
-    write, or if the template changes earlier turns when later ones are added.
+    An empty answer is not learned. Raises ValueError if there is no chat template and more than a question
+    and an answer to write, or if the template changes earlier turns when later ones are added.
     """
     input_ids: list[int] = []
     labels: list[int] = []
@@ -187,7 +196,9 @@ def encode(messages: list[Message], tokenizer: Tokenizer) -> Example:
             continue
         prompt, answer = _segments(messages[: i + 1], tokenizer)
         if not prompt.startswith(written):
-            raise ValueError("the chat template rewrites earlier turns, so where the answers stand cannot be told")
+            raise ValueError(
+                "the chat template rewrites earlier turns, so where the answers stand cannot be told"
+            )
         # Only a text that no template wrote gets the tokenizer's own beginning-of-text token.
         add_bos = tokenizer.chat_template is None
         given = tokenizer.encode(prompt[len(written) :], add_special_tokens=add_bos)
@@ -211,7 +222,9 @@ def _segments(messages: list[Message], tokenizer: Tokenizer) -> tuple[str, str]:
     # -> the text before the last message, which is the assistant's, and the text of that message with its end
     if tokenizer.chat_template is None:
         if [message["role"] for message in messages] != ["user", "assistant"]:
-            raise ValueError("the tokenizer has no chat template: only a prompt and its completion can be written")
+            raise ValueError(
+                "the tokenizer has no chat template: only a prompt and its completion can be written"
+            )
         return messages[0]["content"], messages[1]["content"]
     prompt = tokenizer.render(messages[:-1], add_generation_prompt=True)
     whole = tokenizer.render(messages)
@@ -223,26 +236,30 @@ def _segments(messages: list[Message], tokenizer: Tokenizer) -> tuple[str, str]:
 def collate(examples: Sequence[Example]) -> Batch:
     """Lay examples end to end in one row."""
     input_ids = [token for example in examples for token in example.input_ids]
-    # Each example's labels move one place to the left; its last token predicts nothing, and never the next example's first.
+    # Each example's labels move one place to the left; its last token predicts nothing, and never the next
+    # example's first.
     targets = [label for example in examples for label in [*example.labels[1:], IGNORE]]
     lengths = [len(example.input_ids) for example in examples]
     return Batch(torch.tensor([input_ids]), torch.tensor([targets]), lengths)
 
 
 def split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Return (train, held out): val_size is a share of the examples if below 1, else how many to hold out, drawn by seed.
+    """Return (train, held out): val_size is a share of the examples if below 1, else how many to hold out,
+    drawn by seed.
 
     Raises ValueError if nothing would be left to train on.
     """
     count = round(val_size * len(examples)) if val_size < 1 else int(val_size)
     if count >= len(examples):
-        raise ValueError(f"val_size {val_size:g} holds out {count} of {len(examples)} examples: none is left to train on")
+        raise ValueError(
+            f"val_size {val_size:g} holds out {count} of {len(examples)} examples: none is left to train on"
+        )
     held_out = set(shuffled(len(examples), seed, epoch=-1)[:count])
     train = [example for i, example in enumerate(examples) if i not in held_out]
     return train, [examples[i] for i in sorted(held_out)]
 
 
 def shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    """Return the order in which an epoch visits `count` examples: a permutation decided by seed and epoch alone."""
+    """Return the order in which an epoch visits `count` examples, decided by seed and epoch alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).tolist()

@@ -1,18 +1,18 @@
 """Chapter 15. Generation: one token after another, with everything before remembered.
 
-The prompt goes through the model once and leaves its keys and values in the cache; from then on each step feeds one token, reads the
-logits of one position, and chooses the next::
+The prompt goes through the model once and leaves its keys and values in the cache; from then on each step
+feeds one token, reads the logits of one position, and chooses the next::
 
     logits / temperature -> softmax -> the smallest set of tokens with probability top_p -> draw one
 
 At temperature 0 the likeliest token is taken ("greedy"), and the same prompt gives the same answer.
 
-Shapes and dtypes: token ids are Python ints; logits (vocab,) float32. Cost: one decoding of every 4-bit weight for each token, which
-is what bounds the speed.
+Shapes and dtypes: token ids are Python ints; logits (vocab,) float32. Cost: one decoding of every 4-bit
+weight for each token, which is what bounds the speed.
 
 Source of top-p: "The Curious Case of Neural Text Degeneration", "Nucleus Sampling".
 
-Before: loss.
+Before: loss. Next: run.
 """
 
 from collections.abc import Collection, Iterator
@@ -33,10 +33,11 @@ def generate(
     eos_ids: Collection[int] = (),
     seed: int | None = None,
 ) -> Iterator[int]:
-    """Yield the token ids that continue a prompt, one by one, until an end token (which is not yielded) or max_new_tokens.
+    """Yield the token ids that continue a prompt, one by one, until an end token (which is not yielded) or
+    max_new_tokens.
 
-    prompt: token ids, at least one. temperature: 0 is greedy. top_p: in (0, 1]. seed: None draws from torch's global
-    generator. Raises ValueError for an empty prompt or options out of range.
+    prompt: token ids, at least one. temperature: 0 is greedy. top_p: in (0, 1]. seed: None draws from torch's
+    global generator. Raises ValueError for an empty prompt or options out of range.
     """
     if not prompt:
         raise ValueError("the prompt is empty: there is nothing to continue")
@@ -62,7 +63,7 @@ def _generate(model, prompt, max_new_tokens, temperature, top_p, eos_ids, seed) 
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    """Return one token id drawn from logits (vocab,): the likeliest at temperature 0, else from the nucleus of mass top_p."""
+    """Return one token id for logits (vocab,): the likeliest at temperature 0, else one of the nucleus."""
     if temperature == 0:
         return int(logits.argmax())
     probability, ids = (logits.cpu() / temperature).softmax(0).sort(descending=True)

@@ -1,20 +1,25 @@
 """Chapter 6. Low-rank adapters: what is trained when the weight is not.
 
-The frozen weight W (N, K) gets a correction of rank r, the product of two thin matrices, and only those are trained::
+The frozen weight W (N, K) gets a correction of rank r, the product of two thin matrices, and only those are
+trained::
 
     Y = X @ W.T + scaling * (X @ lora_A.T) @ lora_B.T          scaling = alpha / r
 
-    N = K = 4096, r = 64:  W 16.8 million numbers, frozen in 4 bits;  lora_A and lora_B together 0.5 million, trained in float32
+    N = K = 4096, r = 64    W                     16.8 million numbers, frozen in 4 bits
+                            lora_A and lora_B      0.5 million, trained in float32
 
-lora_B starts at zero, so the first forward pass is the base model's own, to the bit. The paper's finding is that *where*
-adapters stand matters more than their rank: on every linear layer of every block, and then r = 8 does as well as r = 256.
+lora_B starts at zero, so the first forward pass is the base model's own, to the bit. The paper's finding is
+that *where* adapters stand matters more than their rank: on every linear layer of every block, and then r = 8
+does as well as r = 256.
 
-Shapes and dtypes: lora_A (r, K) and lora_B (N, r), stored in float32 whatever the compute dtype, because steps of 2e-4 vanish in
-bfloat16; both products run in the dtype of X. Cost: r (N + K) parameters and 2 T r (N + K) FLOPs forward, a few percent of the
-base product; saved for backward are X and X @ lora_A.T, nothing of the base.
+Shapes and dtypes: lora_A (r, K) and lora_B (N, r), stored in float32 whatever the compute dtype, because
+steps of 2e-4 vanish in bfloat16; both products run in the dtype of X. Cost: r (N + K) parameters and 2 T r (N
++ K) FLOPs forward, a few percent of the base product; saved for backward are X and X @ lora_A.T, nothing of
+the base.
 
-Differences. The paper and PEFT keep the base layer as a child of the adapter layer; here `LoRALinear` takes the layer's place
-and keeps its weight under the same name, so that a checkpoint's names stay valid. PEFT runs the adapter in float32.
+Differences. The paper and PEFT keep the base layer as a child of the adapter layer; here `LoRALinear` takes
+the layer's place and keeps its weight under the same name, so that a checkpoint's names stay valid. PEFT runs
+the adapter in float32.
 
 Paper: "Low-rank Adapters", "QLoRA Finetuning"; LoRA: "Our Method".
 
@@ -32,12 +37,15 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained correction of rank r. Takes over `linear`'s weight and bias, and freezes them.
+    """A frozen linear layer plus a trained correction of rank r. Takes over `linear`'s weight and bias, and
+    freezes them.
 
-    linear: any nn.Linear, (K -> N), its weight a plain tensor or an NF4Tensor. r: the rank. alpha: the correction's size;
-    it is scaled by alpha / r. dropout: probability with which an input of the adapter is zeroed in training.
+    linear: any nn.Linear, (K -> N), its weight a plain tensor or an NF4Tensor. r: the rank. alpha: the
+    correction's size; it is scaled by alpha / r. dropout: probability with which an input of the adapter is
+    zeroed in training.
 
-    Maps (..., K) to (..., N) in the dtype of the input. Source: LoRA, "Low-Rank-Parametrized Update Matrices".
+    Maps (..., K) to (..., N) in the dtype of the input. Source: LoRA, "Low-Rank-Parametrized Update
+    Matrices".
     """
 
     def __init__(self, linear: nn.Linear, *, r: int, alpha: float, dropout: float = 0.0):
@@ -50,7 +58,9 @@ class LoRALinear(nn.Module):
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within 1 / sqrt(K), as in the LoRA paper's code
+        nn.init.kaiming_uniform_(
+            self.lora_A, a=math.sqrt(5)
+        )  # uniform within 1 / sqrt(K), as in the LoRA paper's code
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the base layer's output plus the adapter's. x: (..., K) -> (..., N)."""
@@ -59,7 +69,8 @@ class LoRALinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])  # (T, K)
         y = F.linear(flat, self.weight, self.bias)  # (T, N)
         a = F.linear(self.dropout(flat), self.lora_A.to(x.dtype))  # (T, K) @ (K, r) -> (T, r)
-        # Added into the base's fresh output: a second (T, N) for the correction would double what the layer touches.
+        # Added into the base's fresh output: a second (T, N) for the correction would double what the layer
+        # touches.
         y.addmm_(a, self.lora_B.to(x.dtype).T, alpha=self.scaling)  # (T, r) @ (r, N) -> (T, N)
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -79,11 +90,13 @@ def add_lora(
 ) -> list[str]:
     """Put adapters on a model's linear layers, in place, and freeze everything else.
 
-    target_modules: "all-linear" for every linear layer but `lm_head`; a list of names, each matching a module of that name or
-    path ending ("q_proj", "self_attn.q_proj"); or a regular expression that must match a whole path. PEFT's rules.
+    target_modules: "all-linear" for every linear layer but `lm_head`; a list of names, each matching a module
+    of that name or path ending ("q_proj", "self_attn.q_proj"); or a regular expression that must match a
+    whole path. PEFT's rules.
 
-    Returns the paths of the adapted layers. Raises ValueError if nothing matches, if a name in the list matches nothing, if
-    the model has adapters already, or for an impossible r or dropout. Draws from torch's global random generator: seed first.
+    Returns the paths of the adapted layers. Raises ValueError if nothing matches, if a name in the list
+    matches nothing, if the model has adapters already, or for an impossible r or dropout. Draws from torch's
+    global random generator: seed first.
     """
     if r < 1:
         raise ValueError(f"the rank r must be at least 1, not {r}")
@@ -97,12 +110,16 @@ def add_lora(
         parent_name, _, child_name = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        setattr(model.get_submodule(parent_name), child_name, LoRALinear(linear, r=r, alpha=alpha, dropout=dropout))
+        setattr(
+            model.get_submodule(parent_name),
+            child_name,
+            LoRALinear(linear, r=r, alpha=alpha, dropout=dropout),
+        )
     return chosen
 
 
 def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]:
-    """Return the paths of the linear layers that `target_modules` means; rules and errors as for `add_lora`."""
+    """Return the paths of the linear layers that `target_modules` means, by the rules of `add_lora`."""
     linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear_names}))
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:

@@ -1,20 +1,22 @@
 """Chapter 14. The loss: cross entropy without the logits of a batch.
 
-Only answers are learned from, so only their positions need logits; and logits are wide: 512 positions of a 49,152-word vocabulary are
-100 MB in float32, their gradient as much again. Here supervised positions go through the output head in chunks, and each
-chunk's loss and gradient are finished before the next one begins::
+Only answers are learned from, so only their positions need logits; and logits are wide: 512 positions of a
+49,152-word vocabulary are 100 MB in float32, their gradient as much again. Here supervised positions go
+through the output head in chunks, and each chunk's loss and gradient are finished before the next one
+begins::
 
     hidden (5 positions, D), targets [-100, 17, 4, -100, 9]
-    -> 3 positions are kept -> logits of a chunk (<= 256, vocab) -> their loss, and d loss / d hidden -> logits dropped
+    -> 3 positions are kept -> logits of a chunk (<= 256, vocab) -> its loss and d loss / d hidden -> dropped
 
-What stays for the backward pass is the gradient of the hidden states, as large as they are. The head is frozen and pays no
-gradient of its own.
+What stays for the backward pass is the gradient of the hidden states, as large as they are. The head is
+frozen and pays no gradient of its own.
 
-The loss is a *sum* over positions: whoever divides must know how many answers a whole optimizer step holds, and a mean
-taken earlier would weigh a short answer's tokens more than a long one's.
+The loss is a *sum* over positions: whoever divides must know how many answers a whole optimizer step holds,
+and a mean taken earlier would weigh a short answer's tokens more than a long one's.
 
-Shapes and dtypes: hidden (B, T, D) in the compute dtype; targets (B, T) int64; the head's weight (vocab, D) in its own dtype.
-Logits and their softmax are float32. Cost: 4 vocab D FLOPs a supervised position, twice that with gradient; a chunk of memory.
+Shapes and dtypes: hidden (B, T, D) in the compute dtype; targets (B, T) int64; the head's weight (vocab, D)
+in its own dtype. Logits and their softmax are float32. Cost: 4 vocab D FLOPs a supervised position, twice
+that with gradient; a chunk of memory.
 
 Before: data. Next: generate.
 """
@@ -33,15 +35,15 @@ CHUNK = 256  # positions whose logits exist at a time: 50 MB of float32 at a voc
 def supervised_loss(hidden: Tensor, targets: Tensor, head_weight: Tensor) -> Tensor:
     """Return the summed cross entropy over all supervised positions, float32 ().
 
-    hidden: (B, T, D), differentiable. targets: (B, T) int64, the next token at each position, or -100 where none is learned.
-    head_weight: (vocab, D), frozen. Zero if no position is supervised.
+    hidden: (B, T, D), differentiable. targets: (B, T) int64, the next token at each position, or -100 where
+    none is learned. head_weight: (vocab, D), frozen. Zero if no position is supervised.
     """
     kept = targets != IGNORE  # (B, T)
     return LinearCrossEntropy.apply(hidden[kept], targets[kept], head_weight)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies of hidden @ head_weight.T, chunk by chunk, with the gradient made in the same pass."""
+    """Summed cross entropy of hidden @ head_weight.T, chunk by chunk, the gradient made in the same pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head_weight: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of the hidden states, made in forward, times that of the sum."""
         (grad_hidden,) = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), None, None

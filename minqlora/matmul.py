@@ -1,28 +1,30 @@
 """Chapter 4. The product: X @ dequantize(W).T, and nothing dequantized outlives it.
 
-A linear layer with a 4-bit weight multiplies by a matrix that does not exist: it is decoded for the product and dropped again.
-The backward pass decodes it a second time. That is the bargain of QLoRA: two look-ups for 3.9 times less memory::
+A linear layer with a 4-bit weight multiplies by a matrix that does not exist: it is decoded for the product
+and dropped again. The backward pass decodes it a second time. That is the bargain of QLoRA: two look-ups for
+3.9 times less memory::
 
     forward     Y  = X  @ W      (T, K) @ (K, N) -> (T, N)       W = dequantize(packed, scales).T
     backward    dX = dY @ W.T    (T, N) @ (N, K) -> (T, K)       the frozen weight itself gets no gradient
 
-On a CPU the matrix is decoded in tiles of rows: four rows of a 6 x 4 weight, multiplied into four columns of Y, then the other
-two. The scratch holds one tile, stays in cache, and is what the product reads next. On a GPU one compiled kernel decodes the
-whole matrix and the vendor's matmul follows.
+On a CPU the matrix is decoded in tiles of rows: four rows of a 6 x 4 weight, multiplied into four columns of
+Y, then the other two. The scratch holds one tile, stays in cache, and is what the product reads next. On a
+GPU one compiled kernel decodes the whole matrix and the vendor's matmul follows.
 
-The same two products serve a 16-bit weight under activations of another dtype, an output head kept in bfloat16 say: there
-"decoding" is a cast, tile by tile, and the head never exists in float32 as a whole.
+The same two products serve a 16-bit weight under activations of another dtype, an output head kept in
+bfloat16 say: there "decoding" is a cast, tile by tile, and the head never exists in float32 as a whole.
 
-Why custom operators. Written in plain operations under `torch.compile`, forward and backward would be traced together, the
-two decodings recognised as one, and the *decoded* weight saved in between: 14 GB for an 8B model, QLoRA undone without a word.
-An operator is opaque to that, and forward and backward are two different ones so that neither stands in for the other.
+Why custom operators. Written in plain operations under `torch.compile`, forward and backward would be traced
+together, the two decodings recognised as one, and the *decoded* weight saved in between: 14 GB for an 8B
+model, QLoRA undone without a word. An operator is opaque to that, and forward and backward are two different
+ones so that neither stands in for the other.
 
-Shapes and dtypes: X (..., K) and Y (..., N) in the compute dtype, which is also that of the decoded tile; the rest as in
-Chapter 3. Cost: 2 T N K FLOPs each way, as for any linear; for decoding, one look-up for two weights and one multiply a weight.
-Saved for backward: the packed weight and its scales, which live anyway.
+Shapes and dtypes: X (..., K) and Y (..., N) in the compute dtype, which is also that of the decoded tile; the
+rest as in Chapter 3. Cost: 2 T N K FLOPs each way, as for any linear; for decoding, one look-up for two
+weights and one multiply a weight. Saved for backward: the packed weight and its scales, which live anyway.
 
-Differences. bitsandbytes does the same with compiled kernels, and on a CPU decodes the whole matrix; its backward decodes
-through the weight's old dtype, ours straight to the compute dtype.
+Differences. bitsandbytes does the same with compiled kernels, and on a CPU decodes the whole matrix; its
+backward decodes through the weight's old dtype, ours straight to the compute dtype.
 
 Paper: "QLoRA Finetuning", the equation with doubleDequant.
 
@@ -39,9 +41,13 @@ from torch import Tensor
 
 from minqlora.quantize import dequantize, dequantize_scales, pair_table
 
-TILE = 2**21  # numbers in a tile of decoded weights: 8 MiB of float32, about what a core's share of cache holds
+TILE = (
+    2**21
+)  # numbers in a tile of decoded weights: 8 MiB of float32, about what a core's share of cache holds
 
-Tiles = Iterator[tuple[slice, Tensor]]  # rows of the weight, and the same rows decoded: (rows, K) in the compute dtype
+Tiles = Iterator[
+    tuple[slice, Tensor]
+]  # rows of the weight, and the same rows decoded: (rows, K) in the compute dtype
 
 
 def nf4_linear(
@@ -58,12 +64,14 @@ def nf4_linear(
     x: (..., K). packed: uint8, codebook: float32 (16,). scales: [absmax], or with double quantization
     [absmax_codes, nested_absmax, nested_codebook, offset]. shape: (N, K) of W. Returns (..., N) in x's dtype.
     """
-    y = _nf4_forward(x.reshape(-1, x.shape[-1]), packed, scales, codebook, *shape, block_size, nested_block_size)
+    y = _nf4_forward(
+        x.reshape(-1, x.shape[-1]), packed, scales, codebook, *shape, block_size, nested_block_size
+    )
     return y.view(*x.shape[:-1], shape[0])
 
 
 def cast_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x @ weight.T for a frozen 16-bit weight (N, K) under x (..., K) of another dtype; differentiable in x."""
+    """Return x @ weight.T for a frozen weight (N, K) and x (..., K) of another dtype; differentiable in x."""
     if weight.dtype == x.dtype:
         return F.linear(x, weight)
     y = _cast_forward(x.reshape(-1, x.shape[-1]), weight)
@@ -71,10 +79,12 @@ def cast_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def cast_linear_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
-    """Return grad_y @ weight, the gradient of `cast_linear`'s x, for those who make gradients by hand: (..., N) -> (..., K)."""
+    """Return grad_y @ weight, (..., N) -> (..., K): the gradient of `cast_linear`'s x."""
     if weight.dtype == grad_y.dtype:
         return grad_y @ weight
-    return _cast_backward(grad_y.reshape(-1, grad_y.shape[-1]), weight).view(*grad_y.shape[:-1], weight.shape[1])
+    return _cast_backward(grad_y.reshape(-1, grad_y.shape[-1]), weight).view(
+        *grad_y.shape[:-1], weight.shape[1]
+    )
 
 
 def nf4_dequantize(
@@ -86,13 +96,13 @@ def nf4_dequantize(
     nested_block_size: int,
 ) -> Tensor:
     """Decode a whole weight into `out` (N, K), any floating dtype, and return it."""
-    tiles = _nf4_tiles(packed, scales, codebook, *out.shape, block_size, nested_block_size, out.dtype)
-    for rows, tile in tiles:
+    n, k = out.shape
+    for rows, tile in _nf4_tiles(packed, scales, codebook, n, k, block_size, nested_block_size, out.dtype):
         out[rows] = tile
     return out
 
 
-# ---- tiles -------------------------------------------------------------------------------------------------------------
+# ---- tiles -------------------------------------------------------------------------------------------------
 
 
 def _nf4_tiles(
@@ -106,10 +116,17 @@ def _nf4_tiles(
     dtype: torch.dtype,
 ) -> Tiles:
     # The scales are decoded all at once: they are 64 times fewer than the weights.
-    absmax = scales[0] if len(scales) == 1 else dequantize_scales(*scales, nested_block_size)
+    if len(scales) == 1:
+        (absmax,) = scales
+    else:
+        absmax_codes, nested_absmax, nested_codebook, offset = scales
+        absmax = dequantize_scales(absmax_codes, nested_absmax, nested_codebook, offset, nested_block_size)
     pairs = pair_table(codebook)
     if packed.device.type != "cpu":
-        yield slice(0, n_rows), _compiled_decode()(packed, absmax, pairs, n_rows, n_columns, block_size, dtype)
+        yield (
+            slice(0, n_rows),
+            _compiled_decode()(packed, absmax, pairs, n_rows, n_columns, block_size, dtype),
+        )
         return
     # A tile begins on a block, and so on a byte: blocks run on over the ends of rows.
     granule = block_size // math.gcd(n_columns, block_size)
@@ -133,9 +150,16 @@ def _cast_tiles(weight: Tensor, dtype: torch.dtype) -> Tiles:
 
 
 def _decode(
-    packed: Tensor, absmax: Tensor, pairs: Tensor, n_rows: int, n_columns: int, block_size: int, dtype: torch.dtype
+    packed: Tensor,
+    absmax: Tensor,
+    pairs: Tensor,
+    n_rows: int,
+    n_columns: int,
+    block_size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
-    # `quantize.dequantize` again, as one expression without scratch: what a compiler turns into a single kernel.
+    # `quantize.dequantize` again, as one expression without scratch: what a compiler turns into a single
+    # kernel.
     n = n_rows * n_columns
     levels = pairs[packed.int()].view(-1)[:n]
     absmax_of = torch.arange(n, device=packed.device, dtype=torch.int32) // block_size
@@ -147,7 +171,7 @@ def _compiled_decode() -> Callable[..., Tensor]:
     return torch.compile(_decode, dynamic=False)
 
 
-# ---- the two products, for any tiles -----------------------------------------------------------------------------------
+# ---- the two products, for any tiles -----------------------------------------------------------------------
 
 
 def _multiply(x: Tensor, n_rows: int, tiles: Tiles) -> Tensor:
@@ -165,7 +189,7 @@ def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor
     return grad_x
 
 
-# ---- the operators -----------------------------------------------------------------------------------------------------
+# ---- the operators -----------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("minqlora::nf4_linear", mutates_args=())
@@ -194,7 +218,9 @@ def _nf4_backward(
     block_size: int,
     nested_block_size: int,
 ) -> Tensor:
-    tiles = _nf4_tiles(packed, scales, codebook, n_rows, n_columns, block_size, nested_block_size, grad_y.dtype)
+    tiles = _nf4_tiles(
+        packed, scales, codebook, n_rows, n_columns, block_size, nested_block_size, grad_y.dtype
+    )
     return _multiply_transposed(grad_y, n_columns, tiles)
 
 
@@ -209,7 +235,9 @@ def _cast_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
 
 
 _nf4_forward.register_fake(lambda x, packed, scales, codebook, n_rows, *_: x.new_empty(len(x), n_rows))
-_nf4_backward.register_fake(lambda g, packed, scales, codebook, n_rows, n_columns, *_: g.new_empty(len(g), n_columns))
+_nf4_backward.register_fake(
+    lambda g, packed, scales, codebook, n_rows, n_columns, *_: g.new_empty(len(g), n_columns)
+)
 _cast_forward.register_fake(lambda x, weight: x.new_empty(len(x), len(weight)))
 _cast_backward.register_fake(lambda g, weight: g.new_empty(len(g), weight.shape[1]))
 

@@ -1,25 +1,27 @@
 """Chapter 9. The transformer: one decoder-only model, described by an Architecture.
 
-Tokens become vectors, each block adds to them what attention and an MLP have to say, and the last vectors are compared with every
-word of the vocabulary::
+Tokens become vectors, each block adds to them what attention and an MLP have to say, and the last vectors are
+compared with every word of the vocabulary::
 
     x = embed_tokens[input_ids]                              (B, T, D)
     x = x + self_attn(input_layernorm(x))                    in each of n_layers blocks
     x = x + mlp(post_attention_layernorm(x))
     logits = norm(x) @ lm_head.T                             (B, T, vocab)
 
-Parameters carry the names of Hugging Face checkpoints (`model.layers.0.self_attn.q_proj.weight`), so that loading needs no table
-of names. Every projection is a plain `nn.Linear`; whether its weight is 4-bit, 16-bit or carries an adapter is not this
-chapter's business.
+Parameters carry the names of Hugging Face checkpoints (`model.layers.0.self_attn.q_proj.weight`), so that
+loading needs no table of names. Every projection is a plain `nn.Linear`; whether its weight is 4-bit, 16-bit
+or carries an adapter is not this chapter's business.
 
-Two things are not as in a textbook. Documents: several examples can stand end to end in one row; `lengths` says where each ends,
-attention never crosses the seam, and positions start again at 0. That takes the place of padding. And memory: RMSNorm and SwiGLU
-save for backward only what they cannot recompute for next to nothing.
+Two things are not as in a textbook. Documents: several examples can stand end to end in one row; `lengths`
+says where each ends, attention never crosses the seam, and positions start again at 0. That takes the place
+of padding. And memory: RMSNorm and SwiGLU save for backward only what they cannot recompute for next to
+nothing.
 
-Shapes and dtypes: input_ids (B, T) int64; the residual stream (B, T, D) in the compute dtype. Norms are taken in float32.
-Embeddings and head stay in the checkpoint's dtype and are cast where they are used.
+Shapes and dtypes: input_ids (B, T) int64; the residual stream (B, T, D) in the compute dtype. Norms are taken
+in float32. Embeddings and head stay in the checkpoint's dtype and are cast where they are used.
 
-Paper: "Attention Is All You Need"; RMSNorm, "RoFormer" (rotary positions), "GLU Variants Improve Transformer" (SwiGLU), "GQA".
+Paper: "Attention Is All You Need"; RMSNorm, "RoFormer" (rotary positions), "GLU Variants Improve Transformer"
+(SwiGLU), "GQA".
 
 Before: architecture. Next: checkpoint.
 """
@@ -39,10 +41,13 @@ from minqlora.matmul import cast_linear
 class KVCache:
     """Keys and values of all positions seen so far, so that a new token costs one token's work.
 
-    Holds (B, n_kv_heads, capacity, Hd) twice a layer, allocated at once. `length` counts the positions filled.
+    Holds (B, n_kv_heads, capacity, Hd) twice a layer, allocated at once. `length` counts the positions
+    filled.
     """
 
-    def __init__(self, arch: Architecture, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, arch: Architecture, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ):
         shape = (arch.n_layers, 2, batch, arch.n_kv_heads, capacity, arch.head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
@@ -53,7 +58,7 @@ class KVCache:
         return self.kv.shape[4]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (B, n_kv_heads, T, Hd); return those of all positions up to the newest."""
+        """Store a layer's new keys and values (B, n_kv_heads, T, Hd); return all that it has."""
         end = self.length + k.shape[2]
         if end > self.capacity:
             raise ValueError(f"the KV cache has room for {self.capacity} positions, not {end}")
@@ -66,8 +71,8 @@ class KVCache:
 class CausalLM(nn.Module):
     """A decoder-only language model: token ids in, logits out.
 
-    compute_dtype: the dtype of activations. Parameters are created uninitialised wherever torch's default device says;
-    `checkpoint.load_model` fills them.
+    compute_dtype: the dtype of activations. Parameters are created uninitialised wherever torch's default
+    device says; `checkpoint.load_model` fills them.
     """
 
     def __init__(self, arch: Architecture, compute_dtype: torch.dtype = torch.float32):
@@ -84,8 +89,10 @@ class CausalLM(nn.Module):
         """Where the parameters are."""
         return self.model.norm.weight.device
 
-    def forward(self, input_ids: Tensor, lengths: list[int] | None = None, cache: KVCache | None = None) -> Tensor:
-        """Return logits (B, T, vocab) in the compute dtype for input_ids (B, T); arguments as for `Trunk.forward`."""
+    def forward(
+        self, input_ids: Tensor, lengths: list[int] | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Return logits (B, T, vocab) for input_ids (B, T); arguments as in `Trunk.forward`."""
         return self.logits(self.model(input_ids, lengths, cache))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -101,15 +108,19 @@ class Trunk(nn.Module):
         self.arch = arch
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False
-        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        # from_pretrained, because the plain constructor would draw a random table first.
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(arch.vocab_size, arch.hidden_size))
         self.layers = nn.ModuleList(Block(arch, i) for i in range(arch.n_layers))
         self.norm = RMSNorm(arch)
 
-    def forward(self, input_ids: Tensor, lengths: list[int] | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, lengths: list[int] | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Return hidden states (B, T, D), normed, in the compute dtype.
 
-        input_ids: (B, T) int64. lengths: the lengths of the documents that stand end to end in every row, summing to T; None is
-        one document. cache: continue after what it holds, and add to it (one document only).
+        input_ids: (B, T) int64. lengths: the lengths of the documents that stand end to end in every row,
+        summing to T; None is one document. cache: continue after what it holds, and add to it (one document
+        only).
         """
         T = input_ids.shape[1]
         if lengths is None:
@@ -120,7 +131,8 @@ class Trunk(nn.Module):
         rotary = self.rotary_table(lengths, start=cache.length if cache else 0, like=x)
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Non-reentrant: the reentrant kind gives no gradients below inputs that need none, here frozen embeddings.
+                # Non-reentrant: the reentrant kind gives no gradients below inputs that need none, here
+                # frozen embeddings.
                 x = checkpoint(block, x, rotary, lengths, use_reentrant=False)
             else:
                 x = block(x, rotary, lengths, cache)
@@ -129,7 +141,7 @@ class Trunk(nn.Module):
         return self.norm(x)
 
     def rotary_table(self, lengths: list[int], start: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin of the rotary angles, (T, Hd) each: position times theta ** (-2 i / Hd), computed in float32."""
+        """Return cos and sin, (T, Hd) each, of position * theta ** (-2 i / Hd), taken in float32."""
         even = torch.arange(0, self.arch.head_dim, 2, device=like.device, dtype=torch.float32)
         frequency = 1.0 / self.arch.rope_theta ** (even / self.arch.head_dim)  # (Hd / 2,)
         position = torch.cat([torch.arange(start, start + n, device=like.device) for n in lengths])
@@ -148,7 +160,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(arch)
         self.post_attention_layernorm = RMSNorm(arch)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], lengths: list[int], cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], lengths: list[int], cache: KVCache | None = None
+    ) -> Tensor:
         """Map the residual stream (B, T, D) to its next state."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, lengths, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -167,7 +181,9 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(arch.hidden_size, kv_width, bias=arch.attention_bias)
         self.o_proj = nn.Linear(q_width, arch.hidden_size, bias=arch.attention_bias)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], lengths: list[int], cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], lengths: list[int], cache: KVCache | None = None
+    ) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
         q, k, v = (
             rearrange(proj(x), "B T (H Hd) -> B H T Hd", Hd=self.head_dim)
@@ -184,7 +200,10 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return causal attention: q (B, H, Tq, Hd) are the last Tq of the Tk positions of k and v (B, n_kv_heads, Tk, Hd)."""
+    """Return causal attention (B, H, Tq, Hd).
+
+    q: (B, H, Tq, Hd), the last Tq of the Tk positions. k, v: (B, n_kv_heads, Tk, Hd).
+    """
     Tq, Tk = q.shape[2], k.shape[2]
     mask = None
     if 1 < Tq < Tk:  # query i stands at position Tk - Tq + i
@@ -194,7 +213,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + Hd / 2) of a head by its position's angle. x: (B, H, T, Hd); cos, sin: (T, Hd)."""
+    """Turn the pairs (i, i + Hd / 2) of a head by their angles. x: (B, H, T, Hd); cos, sin: (T, Hd)."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
@@ -223,7 +242,7 @@ class SiluTimes(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of both inputs."""
         gate, up = ctx.saved_tensors
         grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
@@ -231,7 +250,7 @@ class SiluTimes(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32, cast to the dtype of x before the weight is applied (Llama's order)."""
+    """x / rms(x) in float32, cast back to the dtype of x, then times the weight (Llama's order)."""
 
     def __init__(self, arch: Architecture):
         super().__init__()
@@ -244,7 +263,7 @@ class RMSNorm(nn.Module):
 
 
 class Normalize(torch.autograd.Function):
-    """x / rms(x) over the last dimension. Saves its output and one number a row; plain operations would save four copies of x."""
+    """x / rms(x) over the last dimension. Saves its output and one number a row; plain operations save more."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
@@ -256,7 +275,7 @@ class Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Return the gradient of x: grad less its part along y, scaled as x was."""
         y, reciprocal_rms = ctx.saved_tensors
         y32, grad32 = y.float(), grad.float()

@@ -1,45 +1,52 @@
 """Chapter 7. PagedAdamW: the optimizer's memory lives where memory is cheap.
 
-AdamW keeps two running means for every trained number, of its gradient and of the gradient's square: 8 bytes in float32, touched
-once a step. On a GPU that is the right thing to put elsewhere. Here the moments live in *pinned* host memory, which the GPU's
-copy engine can reach by itself, and visit the GPU a page at a time::
+AdamW keeps two running means for every trained number, of its gradient and of the gradient's square: 8 bytes
+in float32, touched once a step. On a GPU that is the right thing to put elsewhere. Here the moments live in
+*pinned* host memory, which the GPU's copy engine can reach by itself, and visit the GPU a page at a time::
 
     side stream      in 0   in 1          out 0   in 2   out 1   in 3   out 2  ...
     compute stream          update 0   update 1          update 2        update 3
 
-Two pages of staging are held: while one is being updated, the next arrives and the one before leaves. A page is `page_bytes` of
-each moment, so the GPU holds 4 page_bytes however large the model.
+Two pages of staging are held: while one is being updated, the next arrives and the one before leaves. A page
+is `page_bytes` of each moment, so the GPU holds 4 page_bytes however large the model.
 
-On a CPU nothing is copied, and the class is AdamW. Either way the result is `torch.optim.AdamW`'s to the bit: the update is
-the same operations in the same order, and as each number is updated by itself, pages cannot change it.
+On a CPU nothing is copied, and the class is AdamW. Either way the result is `torch.optim.AdamW`'s to the bit:
+the update is the same operations in the same order, and as each number is updated by itself, pages cannot
+change it.
 
-Shapes and dtypes: parameters and gradients of any floating dtype; moments float32, flat pages of each parameter. Cost: 8 bytes of
-host memory a trained parameter; on CUDA 16 bytes of traffic each over the bus a step, behind the update.
+Shapes and dtypes: parameters and gradients of any floating dtype; moments float32, flat pages of each
+parameter. Cost: 8 bytes of host memory a trained parameter; on CUDA 16 bytes of traffic each over the bus a
+step, behind the update.
 
-Differences. The paper pages through CUDA's unified memory, where the driver moves pages when the GPU runs out and nobody sees
-it; here the traffic is explicit, counted in `paged_bytes`, and works wherever there are streams.
+Differences. The paper pages through CUDA's unified memory, where the driver moves pages when the GPU runs out
+and nobody sees it; here the traffic is explicit, counted in `paged_bytes`, and works wherever there are
+streams.
 
 Paper: "Paged Optimizers". AdamW: "Decoupled Weight Decay Regularization", algorithm 2.
 
 Before: lora. Next: architecture.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
 class PagedAdamW(torch.optim.Optimizer):
     """AdamW with float32 moments that can live in pinned host memory.
 
-    params: parameters, or groups of them as dicts. lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. paged: "auto" pages
-    where the parameters are on a device with streams of its own; "always" runs the paging even on a CPU; "never" keeps the
-    moments beside their parameters. page_bytes: size of one page of one moment, in bytes.
+    params: parameters, or groups of them as dicts. lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
+    paged: "auto" pages where the parameters are on a device with streams of its own; "always" runs the paging
+    even on a CPU; "never" keeps the moments beside their parameters. page_bytes: size of one page of one
+    moment, in bytes.
 
-    `paged_bytes` counts the bytes moved between host and device since the start. Raises ValueError for a negative lr, eps or
-    weight_decay, betas outside [0, 1), another `paged`, or page_bytes under 4.
+    `paged_bytes` counts the bytes moved between host and device since the start. Raises ValueError for a
+    negative lr, eps or weight_decay, betas outside [0, 1), another `paged`, or page_bytes under 4.
     """
 
     def __init__(
@@ -75,7 +82,12 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = [self._prepare(param, group) for group in self.param_groups for param in group["params"] if param.grad is not None]
+        updates = [
+            self._prepare(param, group)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
         for device in {update.param.device for update in updates}:
             here = [update for update in updates if update.param.device == device]
             if self._pages_on(device):
@@ -87,20 +99,37 @@ class PagedAdamW(torch.optim.Optimizer):
                     adamw_(*update)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state that `state_dict` gave, with the moments as they were: float32, and where they belong."""
+        super().load_state_dict(state_dict)  # casts moments to the parameters' dtype and device
+        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for param, index in zip(params, saved_ids, strict=True):
+            for name in MOMENTS if index in state_dict["state"] else ():
+                self.state[param][name] = self._new_moment(param).copy_(state_dict["state"][index][name])
+
     def _prepare(self, param: Tensor, group: dict) -> "_Update":
         state = self.state[param]
         if not state:
             state["step"] = torch.tensor(0.0)
-            for name in ("exp_avg", "exp_avg_sq"):
-                if self._pages_on(param.device):
-                    # Pinned: the copy engine reads it without the CPU's help, and only then do copies overlap with updates.
-                    pin = param.device.type != "cpu"
-                    state[name] = torch.zeros(param.shape, dtype=torch.float32, pin_memory=pin)
-                else:
-                    state[name] = torch.zeros_like(param, dtype=torch.float32)
+            for name in MOMENTS:
+                state[name] = self._new_moment(param)
         state["step"] += 1
-        flat = (tensor.view(-1) for tensor in (param, param.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"]))
-        return _Update(*flat, int(state["step"]), group)
+        assert param.grad is not None
+        return _Update(
+            param=param.view(-1),
+            grad=param.grad.reshape(-1),
+            exp_avg=state["exp_avg"].view(-1),
+            exp_avg_sq=state["exp_avg_sq"].view(-1),
+            step=int(state["step"]),
+            group=group,
+        )
+
+    def _new_moment(self, param: Tensor) -> Tensor:
+        if not self._pages_on(param.device):
+            return torch.zeros_like(param, dtype=torch.float32)
+        # Pinned: the copy engine reads it without the CPU's help, and only then do copies overlap with updates.
+        return torch.zeros(param.shape, dtype=torch.float32, pin_memory=param.device.type != "cpu")
 
     def _pages_on(self, device: torch.device) -> bool:
         if self.paged == "auto":
@@ -117,15 +146,23 @@ class _Update(NamedTuple):
     step: int
     group: dict
 
-    def pages(self, numbers: int) -> "Iterable[_Update]":
-        parts = (tensor.split(numbers) for tensor in self[:4])
-        return (_Update(*tensors, self.step, self.group) for tensors in zip(*parts, strict=True))
+    def pages(self, numbers: int) -> "Iterator[_Update]":
+        for start in range(0, self.param.numel(), numbers):
+            part = slice(start, start + numbers)
+            yield self._replace(
+                param=self.param[part],
+                grad=self.grad[part],
+                exp_avg=self.exp_avg[part],
+                exp_avg_sq=self.exp_avg_sq[part],
+            )
 
 
 def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, group: dict) -> None:
-    """Apply one AdamW update in place to flat tensors of equal length: `torch.optim.AdamW`'s operations in its order.
+    """Apply one AdamW update in place to flat tensors of equal length: `torch.optim.AdamW`'s operations in
+    its order.
 
-    param, grad: any floating dtype. exp_avg, exp_avg_sq: float32. step: counts from 1. group: lr, betas, eps, weight_decay.
+    param, grad: any floating dtype. exp_avg, exp_avg_sq: float32. step: counts from 1. group: lr, betas, eps,
+    weight_decay.
     """
     lr, (beta1, beta2) = group["lr"], group["betas"]
     grad = grad.float()
@@ -144,8 +181,9 @@ def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ste
 class _Staging:
     """Two slots of device memory through which the moments of all parameters stream, on a side stream.
 
-    Everything on the side stream happens in order, so a slot is refilled only after it was copied back; between the streams two
-    events a page keep the order. On a CPU torch's stand-ins for streams and events do nothing, and all happens in order anyway.
+    Everything on the side stream happens in order, so a slot is refilled only after it was copied back;
+    between the streams two events a page keep the order. On a CPU torch's stand-ins for streams and events do
+    nothing, and all happens in order anyway.
     """
 
     def __init__(self, device: torch.device, page_numbers: int):
@@ -167,7 +205,7 @@ class _Staging:
                 arriving = self._bring_in(pages[i + 1], self.slots[(i + 1) % 2])
             compute = self.module.current_stream(self.device)
             compute.wait_event(arrived)
-            adamw_(page.param, page.grad, *staged, page.step, page.group)
+            adamw_(page.param, page.grad, staged[0], staged[1], page.step, page.group)
             self._send_back(page, staged, compute.record_event())
         # The host waits for the last copy: from here on the moments may be read, saved or changed.
         done = self.module.Event()

@@ -7,7 +7,8 @@
       adapter_model.safetensors, adapter_config.json      the result
       completed                written last: its presence says the run came to its end
 
-A folder belongs to one run. Nothing is ever written over another run's results: a folder that holds anything is refused.
+A folder belongs to one run. Nothing is ever written over another run's results: a folder that holds anything
+is refused.
 
 Every file appears whole or not at all; metrics.jsonl only ever grows by whole lines.
 
@@ -80,7 +81,7 @@ def _version(package: str) -> str | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak memory so far in GiB: of torch's allocator on a GPU, of the process (resident set) elsewhere."""
+    """Return the peak memory so far in GiB: torch's allocator's on a GPU, else the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:

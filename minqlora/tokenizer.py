@@ -1,13 +1,13 @@
 """Chapter 12. Text to tokens and back, and the chat template that turns a conversation into text.
 
-A checkpoint folder brings its tokenizer as `tokenizer.json`, and in `tokenizer_config.json` the chat template: a small Jinja program
-that writes a conversation the way the model saw conversations in training::
+A checkpoint folder brings its tokenizer as `tokenizer.json`, and in `tokenizer_config.json` the chat
+template: a small Jinja program that writes a conversation the way the model saw conversations in training::
 
     [{"role": "user", "content": "Hi"}]   ->   <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
 
-A template comes with a model somebody else made, so it runs in Jinja's sandbox, where it can read what it is given and nothing
-else. Templates write their own beginning-of-text token; so text from a template is encoded without special tokens being added,
-and there is never a second one.
+A template comes with a model somebody else made, so it runs in Jinja's sandbox, where it can read what it is
+given and nothing else. Templates write their own beginning-of-text token; so text from a template is encoded
+without special tokens being added, and there is never a second one.
 
 Before: adapter. Next: data.
 """
@@ -26,8 +26,9 @@ Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content":
 class Tokenizer:
     """The tokenizer of a checkpoint folder.
 
-    `eos_ids` are the tokens that end an answer, the first one is written after completions; `chat_template` is the template's
-    source or None. Raises ValueError, naming the file, if the folder has no usable tokenizer.
+    `eos_ids` are the tokens that end an answer, the first one is written after completions; `chat_template`
+    is the template's source or None. Raises ValueError, naming the file, if the folder has no usable
+    tokenizer.
     """
 
     def __init__(self, folder: Path | str):
@@ -43,15 +44,18 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._config = _read_json(self.folder / "tokenizer_config.json")
         self.special_tokens = {
-            key: _token_text(self._config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+            key: _token_text(self._config.get(key))
+            for key in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
         self.eos_ids = self._find_eos_ids()
         template_file = self.folder / "chat_template.jinja"
-        template = template_file.read_text("utf-8") if template_file.is_file() else self._config.get("chat_template")
+        template = (
+            template_file.read_text("utf-8") if template_file.is_file() else self._config.get("chat_template")
+        )
         self.chat_template: str | None = template if isinstance(template, str) else None
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Return the token ids of a text; with add_special_tokens, plus those the tokenizer puts around a whole text."""
+        """Return a text's token ids; add_special_tokens adds those the tokenizer puts around a text."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
@@ -65,8 +69,9 @@ class Tokenizer:
     def render(self, messages: list[Message], *, add_generation_prompt: bool = False) -> str:
         """Write a conversation as text with the chat template.
 
-        add_generation_prompt: end with the header of an answer that is yet to be generated. Raises ValueError if there is no
-        template, or if it rejects the conversation (a role it does not know, say) or breaks the sandbox.
+        add_generation_prompt: end with the header of an answer that is yet to be generated. Raises ValueError
+        if there is no template, or if it rejects the conversation (a role it does not know, say) or breaks
+        the sandbox.
         """
         if self.chat_template is None:
             raise ValueError(f"{self.folder}: the tokenizer has no chat template")
@@ -76,7 +81,9 @@ class Tokenizer:
         environment.globals["raise_exception"] = _raise_template_error
         try:
             template = environment.from_string(self.chat_template)
-            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens)
+            return template.render(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
+            )
         except (jinja2.TemplateError, TypeError) as error:
             raise ValueError(f"{self.folder}: the chat template failed: {error}") from None
 
@@ -87,13 +94,17 @@ class Tokenizer:
         if eos_token:
             eos_id = self._tokenizer.token_to_id(eos_token)
             if eos_id is None:
-                raise ValueError(f"{self.folder}/tokenizer_config.json: eos_token {eos_token!r} is not in the vocabulary")
+                raise ValueError(
+                    f"{self.folder}/tokenizer_config.json: eos_token {eos_token!r} is not in the vocabulary"
+                )
             ids.append(eos_id)
         for name in ("generation_config.json", "config.json"):
             found = _read_json(self.folder / name).get("eos_token_id")
             ids.extend(found if isinstance(found, list) else [] if found is None else [found])
         if not ids:
-            raise ValueError(f"{self.folder}: no eos_token in tokenizer_config.json, no eos_token_id in config.json")
+            raise ValueError(
+                f"{self.folder}: no eos_token in tokenizer_config.json, no eos_token_id in config.json"
+            )
         return list(dict.fromkeys(ids))
 
 

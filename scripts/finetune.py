@@ -4,8 +4,11 @@
     python scripts/finetune.py --config scripts/configs/demo.yaml --max_steps 20
     python scripts/finetune.py --help
 
-MODEL_FOLDER is an ordinary Hugging Face folder (config.json, safetensors, tokenizer.json). A dataset is JSON Lines, each row one of
-    {"prompt": ..., "completion": ...}    {"question": ..., "answer": ...}    {"instruction": ..., "input": ..., "output": ...}
+MODEL_FOLDER is an ordinary Hugging Face folder (config.json, safetensors, tokenizer.json). A dataset is JSON
+Lines, each row one of
+    {"prompt": ..., "completion": ...}
+    {"question": ..., "answer": ...}
+    {"instruction": ..., "input": ..., "output": ...}
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
 The result is a run folder: an adapter that PEFT loads too, the configuration, and one line of metrics a step.
 
@@ -23,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from options import REQUIRED, option, parse, to_yaml, user_errors
 from tqdm import tqdm
 
 from minqlora import PagedAdamW, add_lora, load_model, save_adapter
@@ -33,8 +35,9 @@ from minqlora.loss import supervised_loss
 from minqlora.model import CausalLM
 from minqlora.run import MetricsLog, environment, next_run_folder, peak_memory_gib, require_unused
 from minqlora.tokenizer import Tokenizer
+from options import REQUIRED, option, parse, to_yaml, user_errors
 
-# ---- configuration -----------------------------------------------------------------------------------------------------
+# ---- configuration -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -43,10 +46,14 @@ class Config:
 
     model: Path = option(REQUIRED, "folder of the base model", aliases=["model_name_or_path"])
     dataset: list[Path] = option(REQUIRED, "JSONL files to learn from")
-    eval_dataset: list[Path] | None = option(None, "JSONL files to evaluate on; none: --val_size splits some off")
+    eval_dataset: list[Path] | None = option(
+        None, "JSONL files to evaluate on; none: --val_size splits some off"
+    )
     val_size: float = option(0.0, "held-out part of --dataset: a share if below 1, else a number of rows")
     max_eval_samples: int | None = option(None, "evaluate on at most this many held-out rows")
-    output_dir: Path | None = option(None, "folder for the run, new or empty (default: runs/MODEL-1, -2, ...)")
+    output_dir: Path | None = option(
+        None, "folder for the run, new or empty (default: runs/MODEL-1, -2, ...)"
+    )
 
     bits: Literal[4, 16] = option(4, "bits of the frozen linear layers; 16: no quantization")
     quant_type: Literal["nf4"] = option("nf4", "levels of the 4-bit code")
@@ -55,35 +62,51 @@ class Config:
 
     lora_r: int = option(64, "rank of the adapters")
     lora_alpha: float = option(16.0, "size of the adapters' correction, scaled by alpha / r")
-    lora_dropout: float = option(0.0, "dropout before the adapters, for small datasets (the paper: 0.1 to 13B, 0.05 above)")
-    lora_target_modules: list[str] = option(["all-linear"], "layers to adapt: all-linear, or names such as q_proj v_proj")
+    lora_dropout: float = option(
+        0.0, "dropout before the adapters, for small datasets (the paper: 0.1 to 13B, 0.05 above)"
+    )
+    lora_target_modules: list[str] = option(
+        ["all-linear"], "layers to adapt: all-linear, or names such as q_proj v_proj"
+    )
 
     max_seq_length: int = option(1024, "longest example in tokens; longer ones are cut and counted")
-    per_device_train_batch_size: int = option(1, "examples in a micro-batch, end to end in one row, never padded")
+    per_device_train_batch_size: int = option(
+        1, "examples in a micro-batch, end to end in one row, never padded"
+    )
     gradient_accumulation_steps: int = option(16, "micro-batches an optimizer step")
     num_train_epochs: float = option(1.0, "passes over the data (the paper: 1 to 3, by dataset)")
     max_steps: int | None = option(None, "stop after so many optimizer steps, whatever num_train_epochs says")
     learning_rate: float = option(2e-4, "peak learning rate (the paper: 2e-4 up to 13B, 1e-4 above)")
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = option("constant", "schedule after the warmup")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = option(
+        "constant", "schedule after the warmup"
+    )
     warmup_steps: int = option(0, "optimizer steps from rate 0 to the peak")
     max_grad_norm: float = option(0.3, "clip the gradient to this norm; 0: do not")
     adam_beta2: float = option(0.999, "decay of AdamW's mean of squared gradients, per step")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay, per step and unit of learning rate")
 
-    gradient_checkpointing: bool = option(True, "recompute each block in backward: a third slower, several times leaner")
-    dtype: Literal["bfloat16", "float32"] | None = option(None, "compute dtype (default: what the hardware does well)")
+    gradient_checkpointing: bool = option(
+        True, "recompute each block in backward: a third slower, several times leaner"
+    )
+    dtype: Literal["bfloat16", "float32"] | None = option(
+        None, "compute dtype (default: what the hardware does well)"
+    )
     device: str | None = option(None, "cpu, cuda, ... (default: an accelerator if there is one)")
     seed: int = option(0, "seed of the adapters, the order of the data, and dropout")
 
     logging_steps: int = option(1, "write metrics every so many steps")
-    eval_steps: int | None = option(None, "evaluate every so many steps (default: before the first and after the last)")
+    eval_steps: int | None = option(
+        None, "evaluate every so many steps (default: before the first and after the last)"
+    )
 
     def __post_init__(self) -> None:
         """Refuse values that cannot mean anything."""
         at_least = {
-            1: "lora_r max_eval_samples max_steps per_device_train_batch_size gradient_accumulation_steps logging_steps eval_steps",
+            0: "val_size lora_alpha lora_dropout num_train_epochs learning_rate warmup_steps max_grad_norm"
+            " weight_decay seed",
+            1: "lora_r max_eval_samples max_steps per_device_train_batch_size gradient_accumulation_steps"
+            " logging_steps eval_steps",
             2: "max_seq_length block_size",
-            0: "val_size lora_alpha lora_dropout num_train_epochs learning_rate warmup_steps max_grad_norm weight_decay seed",
         }
         for least, names in at_least.items():
             for name in names.split():
@@ -96,7 +119,7 @@ class Config:
             raise ValueError("--eval_dataset and --val_size both say what to evaluate on; give one")
 
 
-# ---- preparation: every mistake a user can make shows here, before anything is written ----------------------------------
+# ---- preparation: every mistake a user can make shows here, before anything is written ---------------------
 
 
 @dataclass
@@ -113,7 +136,8 @@ def prepare(config: Config) -> Prepared:
     """Load model and data as configured and say what was found. Raises ValueError for the user's mistakes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but training runs on one device so far; start it without torchrun"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but training runs on one device so far; "
+            "start it without torchrun"
         )
     folder = config.output_dir or next_run_folder(Path("runs"), config.model.resolve().name)
     require_unused(folder)
@@ -162,7 +186,7 @@ def prepare(config: Config) -> Prepared:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device named, or an accelerator if there is one. Raises ValueError for a device that is not there."""
+    """Return the device named, or an accelerator if there is one; ValueError if it is not there."""
     if name is None:
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
@@ -194,7 +218,7 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-# ---- training ----------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------------
 
 
 def micro_batches(examples: list[Example], config: Config) -> Iterator[tuple[float, list[Batch]]]:
@@ -214,7 +238,9 @@ def rate_factor(config: Config, total_steps: int, step: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     rest = (total_steps - step) / max(total_steps - config.warmup_steps, 1)  # 1 down to nearly 0
-    return {"constant": 1.0, "linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest)}[config.lr_scheduler_type]
+    return {"constant": 1.0, "linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest)}[
+        config.lr_scheduler_type
+    ]
 
 
 @torch.no_grad()
@@ -225,7 +251,7 @@ def evaluate(model: CausalLM, examples: list[Example], batch_size: int) -> float
     for start in tqdm(range(0, len(examples), batch_size), desc="evaluating", leave=False):
         batch = collate(examples[start : start + batch_size])
         hidden = model.model(batch.input_ids.to(model.device), batch.lengths)
-        total += float(supervised_loss(hidden, batch.targets.to(model.device), model.lm_head.weight))
+        total += supervised_loss(hidden, batch.targets.to(model.device), model.lm_head.weight).item()
         supervised += batch.supervised
     model.train()
     return total / supervised
@@ -245,7 +271,9 @@ def train(config: Config, prepared: Prepared) -> None:
     examples_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(prepared.train) / examples_per_step)
     total_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * steps_per_epoch))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_factor(config, total_steps, step))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_factor(config, total_steps, step)
+    )
     log = MetricsLog(folder)
     num_tokens = supervised_tokens = 0
     began = window_began = time.perf_counter()
@@ -269,10 +297,12 @@ def train(config: Config, prepared: Prepared) -> None:
             summed = supervised_loss(hidden, batch.targets.to(device), model.lm_head.weight)
             # Divided by the answers' tokens of the whole step, so that every one of them weighs the same.
             (summed / supervised).backward()
-            loss += float(summed) / supervised
+            loss += summed.item() / supervised
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
         if not math.isfinite(loss + grad_norm):
-            raise FloatingPointError(f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning_rate")
+            raise FloatingPointError(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning_rate"
+            )
         learning_rate = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
@@ -300,7 +330,8 @@ def train(config: Config, prepared: Prepared) -> None:
             log.write(row)
             window_began, window_tokens = now, 0
             bar.set_postfix_str(
-                f"loss {loss:.3f}, {row['tokens_per_second']:.0f} tokens/s, peak {row['peak_memory_gib']:.2f} GiB"
+                f"loss {loss:.3f}, {row['tokens_per_second']:.0f} tokens/s, "
+                f"peak {row['peak_memory_gib']:.2f} GiB"
             )
         if config.eval_steps and step % config.eval_steps == 0 and step < total_steps:
             log_evaluation(step)
@@ -310,7 +341,10 @@ def train(config: Config, prepared: Prepared) -> None:
     log.close()
     save_adapter(model, folder, base_model=config.model.name)
     write_atomically(folder / "completed", b"")
-    print(f"saved     {folder}, after {time.perf_counter() - began:.0f} s; peak memory {peak_memory_gib(device):.2f} GiB")
+    print(
+        f"saved     {folder}, after {time.perf_counter() - began:.0f} s; "
+        f"peak memory {peak_memory_gib(device):.2f} GiB"
+    )
 
 
 def main() -> None:

@@ -1,0 +1,137 @@
+"""Talk to a model, with or without an adapter.
+
+    python scripts/chat.py --adapter runs/demo-1                   # a conversation
+    python scripts/chat.py --adapter runs/demo-1 --prompt "..."    # one answer, and done
+    python scripts/chat.py --model MODEL_FOLDER --temperature 0.7
+
+The base model is the one that the adapter was trained on. The answer appears as it is generated. End a
+conversation with an empty line, Ctrl-D or Ctrl-C.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from finetune import choose_device
+from minqlora import generate, load_adapter, load_model
+from minqlora.checkpoint import default_dtype
+from minqlora.model import CausalLM
+from minqlora.tokenizer import Message, Tokenizer
+from options import option, parse, user_errors
+
+
+@dataclass
+class Config:
+    """What can be set."""
+
+    model: Path | None = option(
+        None, "folder of the base model (default: the one the adapter's run was trained on)"
+    )
+    adapter: Path | None = option(None, "adapter folder: a run of finetune.py, or one of PEFT's")
+    prompt: str | None = option(None, "answer this and stop; without it, a conversation")
+    system: str | None = option(None, "system message (default: the chat template's own, if it has one)")
+    max_new_tokens: int = option(256, "longest answer in tokens")
+    temperature: float = option(0.0, "0: always the likeliest token; 1: the model's own odds")
+    top_p: float = option(1.0, "draw from the likeliest tokens that have this much probability together")
+    seed: int = option(0, "seed of the drawing")
+    bits: Literal[4, 16] = option(4, "bits of the frozen linear layers; 16: no quantization")
+    dtype: Literal["bfloat16", "float32"] | None = option(
+        None, "compute dtype (default: what the hardware does well)"
+    )
+    device: str | None = option(None, "cpu, cuda, ... (default: an accelerator if there is one)")
+
+    def __post_init__(self) -> None:
+        """Find the base model, and refuse values that cannot mean anything."""
+        if self.max_new_tokens < 1:
+            raise ValueError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"--temperature must be >= 0 and --top_p in (0, 1], got {self.temperature} and {self.top_p}"
+            )
+        if self.model is None:
+            if self.adapter is None:
+                raise ValueError("give --model, or --adapter with a run of finetune.py")
+            self.model = base_of_run(self.adapter)
+
+
+def base_of_run(folder: Path) -> Path:
+    """Return the model folder that a run of finetune.py was trained on; ValueError if it is no such run."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path}: not found, so the base model is not known; give --model")
+    model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model")
+    if not isinstance(model, str):
+        raise ValueError(f"{path}: names no model; give --model")
+    return Path(model)
+
+
+def reply(model: CausalLM, tokenizer: Tokenizer, messages: list[Message], **options: Any) -> Iterator[str]:
+    """Yield the answer to a conversation in pieces of text, as generated; options are those of `generate`."""
+    if tokenizer.chat_template is None:
+        prompt = tokenizer.encode(messages[-1]["content"], add_special_tokens=True)
+    else:
+        prompt = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+    ids: list[int] = []
+    shown = ""
+    for token in generate(model, prompt, eos_ids=tokenizer.eos_ids, **options):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # a character whose bytes are not all here yet
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(ids)[len(shown) :]
+
+
+def main() -> None:
+    """Load, then answer."""
+    config = parse(Config, description=__doc__.split("\n\n")[0] if __doc__ else None)
+    with user_errors():
+        assert config.model is not None  # __post_init__ found it
+        tokenizer = Tokenizer(config.model)
+        device = choose_device(config.device)
+        dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
+        model = load_model(
+            config.model, quant_type="nf4" if config.bits == 4 else None, device=device, dtype=dtype
+        )
+        if config.adapter is not None:
+            load_adapter(model, config.adapter)
+        model.eval()
+    options = dict(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+    beginning: list[Message] = [{"role": "system", "content": config.system}] if config.system else []
+    if config.prompt is not None:
+        for text in reply(
+            model, tokenizer, [*beginning, {"role": "user", "content": config.prompt}], **options
+        ):
+            print(text, end="", flush=True)
+        print()
+        return
+    messages = beginning
+    while True:
+        try:
+            said = input("\nyou: ").strip()
+            if not said:
+                return
+            messages.append({"role": "user", "content": said})
+            answer = ""
+            print("model: ", end="", flush=True)
+            for text in reply(model, tokenizer, messages, **options):
+                answer += text
+                print(text, end="", flush=True)
+            print()
+            messages.append({"role": "assistant", "content": answer})
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+
+
+if __name__ == "__main__":
+    main()
