@@ -66,5 +66,5 @@ assets: .venv/.test
 
 .venv/.test: .venv/.demo
 	@echo "Installing pytest, ruff, mypy, transformers, peft, bitsandbytes into .venv (once, a few minutes) ..."
-	@$(install) '.[demo,dev,parity]'
+	@$(install) '.[demo,plots,dev,parity]'
 	@touch $@

@@ -263,7 +263,7 @@ class RMSNorm(nn.Module):
 
 
 class Normalize(torch.autograd.Function):
-    """x / rms(x) over the last dimension. Saves its output and one number a row; plain operations save more."""
+    """x / rms(x) over the last dimension. Saves its output and a number a row; plain operations save more."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:

@@ -33,7 +33,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -100,7 +99,7 @@ class PagedAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state that `state_dict` gave, with the moments as they were: float32, and where they belong."""
+        """Take over what `state_dict` gave, its moments in float32 as they were, and where they belong."""
         super().load_state_dict(state_dict)  # casts moments to the parameters' dtype and device
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
@@ -128,7 +127,7 @@ class PagedAdamW(torch.optim.Optimizer):
     def _new_moment(self, param: Tensor) -> Tensor:
         if not self._pages_on(param.device):
             return torch.zeros_like(param, dtype=torch.float32)
-        # Pinned: the copy engine reads it without the CPU's help, and only then do copies overlap with updates.
+        # Pinned: the copy engine reads it without the CPU's help, and only so do copies overlap with updates.
         return torch.zeros(param.shape, dtype=torch.float32, pin_memory=param.device.type != "cpu")
 
     def _pages_on(self, device: torch.device) -> bool:

@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -352,7 +353,15 @@ def main() -> None:
     config = parse(Config, description=__doc__.split("\n\n")[0] if __doc__ else None)
     with user_errors():
         prepared = prepare(config)
-    train(config, prepared)
+    try:
+        train(config, prepared)
+    except KeyboardInterrupt:
+        save_adapter(prepared.model, prepared.folder, base_model=config.model.name)
+        print(f"\ninterrupted: the adapter as it stands is in {prepared.folder}", file=sys.stderr)
+        sys.exit(130)
+    except FloatingPointError as error:
+        print(f"error: {error}; {prepared.folder} holds no adapter", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
