@@ -123,10 +123,8 @@ def _nf4_tiles(
         absmax = dequantize_scales(absmax_codes, nested_absmax, nested_codebook, offset, nested_block_size)
     pairs = pair_table(codebook)
     if packed.device.type != "cpu":
-        yield (
-            slice(0, n_rows),
-            _compiled_decode()(packed, absmax, pairs, n_rows, n_columns, block_size, dtype),
-        )
+        decoded = compiled_decode(block_size, dtype)(packed, absmax, pairs, n_rows * n_columns)
+        yield slice(0, n_rows), decoded.view(n_rows, n_columns)
         return
     # A tile begins on a block, and so on a byte: blocks run on over the ends of rows.
     granule = block_size // math.gcd(n_columns, block_size)
@@ -149,26 +147,20 @@ def _cast_tiles(weight: Tensor, dtype: torch.dtype) -> Tiles:
         yield rows, scratch[: rows.stop - rows.start].copy_(weight[rows])
 
 
-def _decode(
-    packed: Tensor,
-    absmax: Tensor,
-    pairs: Tensor,
-    n_rows: int,
-    n_columns: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    # `quantize.dequantize` again, as one expression without scratch: what a compiler turns into a single
-    # kernel.
-    n = n_rows * n_columns
-    levels = pairs[packed.int()].view(-1)[:n]
-    absmax_of = torch.arange(n, device=packed.device, dtype=torch.int32) // block_size
-    return (levels * absmax[absmax_of]).to(dtype).view(n_rows, n_columns)
-
-
 @cache
-def _compiled_decode() -> Callable[..., Tensor]:
-    return torch.compile(_decode, dynamic=False)
+def compiled_decode(block_size: int, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
+    """Return `quantize.dequantize` as one expression without scratch, which compiles to a single kernel.
+
+    The function maps (packed, absmax, pairs, n) to n decoded numbers. Sizes are symbols in it, so that one
+    compilation serves all layers: after eight recompilations torch.compile gives up without a word.
+    """
+
+    def decode(packed: Tensor, absmax: Tensor, pairs: Tensor, n: int) -> Tensor:
+        levels = pairs[packed.int()].view(-1)[:n]
+        block = torch.arange(n, device=packed.device, dtype=torch.int32) // block_size
+        return (levels * absmax[block]).to(dtype)
+
+    return torch.compile(decode, dynamic=True)
 
 
 # ---- the two products, for any tiles -----------------------------------------------------------------------
