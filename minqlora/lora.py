@@ -122,6 +122,8 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
     """Return the paths of the linear layers that `target_modules` means, by the rules of `add_lora`."""
     linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear_names}))
+    if not target_modules:
+        raise ValueError("target_modules is empty, and so matches no linear layer")
     for target in [target_modules] if isinstance(target_modules, str) else target_modules:
         rule = target_modules if isinstance(target_modules, str) else [target]
         if not any(_is_target(name, rule) for name in linear_names):
@@ -133,7 +135,11 @@ def _is_target(name: str, target_modules: str | list[str]) -> bool:
     if target_modules == "all-linear":
         return name.rpartition(".")[2] != "lm_head"
     if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, name) is not None
+        try:
+            return re.fullmatch(target_modules, name) is not None
+        except re.error as error:
+            message = f"target_modules {target_modules!r} is not a regular expression: {error}"
+            raise ValueError(message) from None
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
 
 

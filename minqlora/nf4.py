@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from minqlora import codebook, matmul, quantize
@@ -142,6 +142,8 @@ class NF4Tensor(Tensor):
         """Return the decoded weight, (N, K), in `dtype` (default: this tensor's), or write it to `out`."""
         if out is None:
             out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+        elif out.shape != self.shape:
+            raise ValueError(f"out must have the weight's shape {tuple(self.shape)}, got {tuple(out.shape)}")
         return matmul.nf4_dequantize(
             self.packed, self.scales, self.codebook, out, self.block_size, self.nested_block_size
         )
@@ -158,8 +160,11 @@ class NF4Tensor(Tensor):
             "NF4Tensor is not pickled, and so not torch.save'd: save its parts with safetensors"
         )
 
-    def __deepcopy__(self, memo) -> "NF4Tensor":
-        return memo.setdefault(id(self), self._rebuild(Tensor.clone))
+    def __deepcopy__(self, memo) -> Tensor:
+        copied: Tensor = self._rebuild(Tensor.clone)
+        if isinstance(self, nn.Parameter):
+            copied = nn.Parameter(copied, requires_grad=self.requires_grad)
+        return memo.setdefault(id(self), copied)
 
     def _rebuild(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "NF4Tensor":
         # The same tensor with every part of its own changed; codebooks stay the shared objects they are.
@@ -167,6 +172,8 @@ class NF4Tensor(Tensor):
         return NF4Tensor(parts, self.shape, dtype or self.dtype, self.block_size, self.nested_block_size)
 
     def _moved_to(self, device: torch.device, dtype: torch.dtype, non_blocking: bool = False) -> "NF4Tensor":
+        if not dtype.is_floating_point:
+            raise ValueError(f"an NF4Tensor stands for a floating-point weight and has no {dtype}")
         parts = {
             name: codebook.shared(part, device)
             if name in SHARED_PARTS
@@ -216,6 +223,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         raise NotImplementedError(
             "NF4Tensor can only be the weight of F.linear. Call .dequantize() for an ordinary tensor."
         )
+    if not input.is_floating_point():
+        raise ValueError(f"the input of a linear layer must be floating-point, got {input.dtype}")
     shape = (weight.shape[0], weight.shape[1])
     y = matmul.nf4_linear(
         input,

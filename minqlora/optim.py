@@ -110,7 +110,7 @@ class PagedAdamW(torch.optim.Optimizer):
     def _prepare(self, param: Tensor, group: dict) -> "_Update":
         state = self.state[param]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
             for name in MOMENTS:
                 state[name] = self._new_moment(param)
         state["step"] += 1
@@ -146,6 +146,7 @@ class _Update(NamedTuple):
     group: dict
 
     def pages(self, numbers: int) -> "Iterator[_Update]":
+        """Yield this update in pieces of at most `numbers` numbers."""
         for start in range(0, self.param.numel(), numbers):
             part = slice(start, start + numbers)
             yield self._replace(

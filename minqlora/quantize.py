@@ -72,7 +72,7 @@ def quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
         absmax[start // block_size : start // block_size + scales.numel()] = scales
     # One look at the scales finds any bad number: amax passes NaN and infinity on.
     if not torch.isfinite(absmax).all():
-        index = int(torch.nonzero(~torch.isfinite(flat))[0])
+        index = int(torch.nonzero(~torch.isfinite(flat.float()))[0])  # float: 1e300 is finite in float64 only
         where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), weight.shape))
         raise ValueError(f"cannot quantize a weight that holds {flat[index].item()} (first at index {where})")
     return packed, absmax
@@ -177,8 +177,10 @@ def dequantize(packed: Tensor, absmax: Tensor, pairs: Tensor, block_size: int, o
     n = out.numel()
     in_place = out.dtype == torch.float32 and n % 2 == 0
     levels = (
-        out.view(-1, 2) if in_place else torch.empty(packed.numel(), 2, device=out.device)
-    )  # (ceil(n / 2), 2) float32
+        out.view(-1, 2)
+        if in_place
+        else torch.empty(packed.numel(), 2, dtype=torch.float32, device=out.device)
+    )
     # A pair of float32 moves as one int64, found by an int32 index: half the traffic of gathering single
     # levels by int64.
     torch.index_select(

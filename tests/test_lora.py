@@ -1,0 +1,545 @@
+"""Adapters: PEFT's layer and PEFT's rules, and a backward pass that keeps nothing of the frozen weight."""
+
+import copy
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch.utils.checkpoint import checkpoint
+
+from minqlora.lora import LoRALinear, adapters_disabled, add_lora, find_targets, lora_layers
+from minqlora.nf4 import NF4Tensor
+
+peft = pytest.importorskip("peft")
+
+T, RANK = 2, 2
+WIDTHS = (40, 48, 56)  # of a stack of two layers; the smaller weight has 40 * 48 numbers
+SMALLEST = 40 * 48
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def nf4_layer(
+    k: int, n: int, bias: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> nn.Linear:
+    linear = nn.Linear(k, n, bias=bias, dtype=dtype)
+    weight = NF4Tensor.from_float(randn(n, k, seed=seed, dtype=dtype) / k**0.5)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def lora_layer(k: int, n: int, *, dropout: float = 0.0, seed: int = 0, **options) -> LoRALinear:
+    layer = LoRALinear(nf4_layer(k, n, seed=seed, **options), r=RANK, alpha=6, dropout=dropout)
+    with torch.no_grad():
+        layer.lora_A.copy_(randn(RANK, k, seed=seed + 1) / k**0.5)
+        layer.lora_B.copy_(randn(n, RANK, seed=seed + 2))  # zeros would hide half of the gradients
+    return layer
+
+
+def stack(**options) -> nn.Sequential:
+    """Two adapted layers in a row, over NF4 weights."""
+    return nn.Sequential(lora_layer(*WIDTHS[:2], **options), lora_layer(*WIDTHS[1:], seed=7, **options))
+
+
+class TinyModel(nn.Module):
+    """Linear layers under names that rules could confuse: q_proj and mq_proj, in a layer and outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        attn = {name: nn.Linear(4, 4) for name in ("q_proj", "mq_proj", "o_proj")}
+        mlp = dict(norm=nn.LayerNorm(4), up_proj=nn.Linear(4, 6), down_proj=nn.Linear(6, 4))
+        layer = nn.ModuleDict(dict(attn=nn.ModuleDict(attn), mlp=nn.ModuleDict(mlp)))
+        self.embed_tokens = nn.Embedding(8, 4)
+        self.layers = nn.ModuleList([layer, copy.deepcopy(layer)])
+        self.q_proj = nn.Linear(4, 4)
+        self.lm_head = nn.Linear(4, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            attn, mlp = layer["attn"], layer["mlp"]
+            x = x + attn["o_proj"](attn["q_proj"](x) * attn["mq_proj"](x))
+            x = x + mlp["down_proj"](mlp["up_proj"](mlp["norm"](x)))
+        return self.lm_head(self.q_proj(x))
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_nothing_compiled() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+def run(
+    model: nn.Module, f: Callable[[Tensor], Tensor], *shape: int, dtype=torch.float32
+) -> tuple[Tensor, ...]:
+    """The output of `f`, which applies `model`, and the gradients of its input and of the parameters."""
+    model.zero_grad()
+    x = randn(*shape, dtype=dtype).requires_grad_()
+    torch.manual_seed(0)  # for dropout
+    y = f(x)
+    y.square().sum().backward()
+    return y, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)
+
+
+def assert_near(results: list[tuple[Tensor, ...]]) -> None:
+    """Two runs gave the same tensors, but for the order of sums of fifty float32, or an ulp of bfloat16."""
+    for a, b in zip(*results, strict=True):
+        bound = 1e-5 if a.dtype == torch.float32 else 2**-8
+        assert a.dtype == b.dtype
+        assert (a - b).abs().max() <= bound * b.abs().max()
+
+
+# -- one layer -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_new_adapter_leaves_the_base_as_it_is_to_the_bit(quantized: bool, dtype, lead):
+    linear = nf4_layer(11, 6, bias=True, dtype=dtype) if quantized else nn.Linear(11, 6, dtype=dtype)
+    x = randn(*lead, 11, dtype=dtype)
+    expected = linear(x)
+    y = LoRALinear(linear, r=3, alpha=16)(x)
+    assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_it_takes_over_weight_and_bias_under_their_names_and_freezes_them(quantized: bool):
+    linear = nf4_layer(11, 6, bias=True) if quantized else nn.Linear(11, 6)
+    weight, bias = linear.weight, linear.bias
+    layer = LoRALinear(linear, r=3, alpha=16)
+    assert layer.weight is weight and layer.bias is bias
+    trained = {name: parameter.requires_grad for name, parameter in layer.named_parameters()}
+    assert trained == {"weight": False, "bias": False, "lora_A": True, "lora_B": True}
+
+
+def test_a_layer_adapted_after_a_deepcopy_keeps_its_weight_as_a_parameter():
+    layer = LoRALinear(copy.deepcopy(nf4_layer(11, 6)), r=3, alpha=16)
+    assert "weight" in dict(layer.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_float32_whatever_the_base(dtype: torch.dtype):
+    layer = LoRALinear(nn.Linear(11, 6, dtype=dtype), r=3, alpha=16)
+    assert (layer.lora_A.shape, layer.lora_B.shape) == ((3, 11), (6, 3))
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
+    assert not layer.lora_B.any()
+
+
+def test_a_new_lora_A_is_drawn_as_peft_draws_it():
+    linear = nn.Linear(11, 6)
+    theirs = peft.tuners.lora.Linear(linear, "default", peft.LoraConfig(), r=3, lora_alpha=16)
+    torch.manual_seed(0)
+    theirs.reset_lora_parameters("default", init_lora_weights=True)
+    torch.manual_seed(0)
+    assert torch.equal(LoRALinear(linear, r=3, alpha=16).lora_A, theirs.lora_A["default"].weight)
+
+
+def peft_layer(kind: type, base: nn.Linear, ours: LoRALinear) -> nn.Module:
+    """PEFT's adapter layer over `base`, with the adapter of ours."""
+    options = dict(r=ours.r, lora_alpha=ours.alpha, lora_dropout=getattr(ours.dropout, "p", 0.0))
+    theirs = kind(base.requires_grad_(False), "default", config=peft.LoraConfig(**options), **options)
+    theirs.lora_A["default"].weight.data.copy_(ours.lora_A.data)
+    theirs.lora_B["default"].weight.data.copy_(ours.lora_B.data)
+    return theirs
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_output_and_gradients_are_those_of_peft(dropout: float, bias: bool, lead: tuple[int, ...]):
+    ours, base = lora_layer(11, 6, dropout=dropout, bias=bias), nn.Linear(11, 6)
+    base.weight.data, base.bias = ours.weight.dequantize(), ours.bias
+    theirs = peft_layer(peft.tuners.lora.Linear, base, ours)
+    # Both draw one mask of the input's size from one seed.
+    assert_near([run(layer, layer, *lead, 11) for layer in (ours, theirs)])
+
+
+def test_output_and_gradients_are_those_of_peft_over_bitsandbytes():
+    bnb = pytest.importorskip("bitsandbytes")
+    # K is a multiple of 64, because bitsandbytes' AVX-512 kernel finds the wrong scales for others.
+    base = bnb.nn.Linear4bit(64, 6, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    base.to("cpu")  # which quantizes
+    state = base.weight.quant_state
+    parts = dict(packed=base.weight.data[:, 0], codebook=state.code, offset=state.offset)
+    parts |= dict(
+        absmax_codes=state.absmax, nested_absmax=state.state2.absmax, nested_codebook=state.state2.code
+    )
+    ours = lora_layer(64, 6)
+    ours.weight = nn.Parameter(NF4Tensor(parts, (6, 64), torch.float32, 64, 256), requires_grad=False)
+    theirs = peft_layer(peft.tuners.lora.Linear4bit, base, ours)
+    assert_near([run(layer, layer, 3, 64) for layer in (ours, theirs)])
+
+
+@pytest.mark.parametrize("alpha, r", [(16, 4), (1, 8)])
+def test_the_correction_is_scaled_by_alpha_over_r(alpha: float, r: int):
+    layer = LoRALinear(nn.Linear(5, 3, bias=False), r=r, alpha=alpha)
+    nn.init.normal_(layer.lora_B)
+    merged = layer.weight.double() + alpha / r * layer.lora_B.double() @ layer.lora_A.double()
+    x = randn(2, 5)
+    torch.testing.assert_close(layer(x), (x.double() @ merged.T).float())
+
+
+def test_gradients_go_to_the_adapter_and_to_the_input_alone():
+    layer, x = lora_layer(11, 6, bias=True), randn(2, 11).requires_grad_()
+    layer(x).sum().backward()
+    assert {name for name, p in layer.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
+    assert x.grad.any() and layer.lora_A.grad.any() and layer.lora_B.grad.any()
+
+
+def test_a_layer_whose_input_needs_no_gradient_trains_too():
+    layer, x = lora_layer(11, 6), randn(2, 11)
+    layer(x).sum().backward()
+    assert layer.lora_A.grad.any() and layer.lora_B.grad.any()
+
+
+def test_the_input_is_not_changed():
+    layer, x = lora_layer(11, 11, dropout=0.5), randn(2, 11)
+    before = x.clone()
+    layer(x)
+    assert torch.equal(x, before)
+
+
+def test_dropout_touches_the_adapter_in_training_alone():
+    layer, x = lora_layer(11, 6, dropout=0.5), randn(2, 11)
+    plain = lora_layer(11, 6)
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer.eval()(x), plain(x))
+    nn.init.zeros_(layer.train().lora_B)
+    assert torch.equal(layer(x), F.linear(x, layer.weight))
+
+
+def test_print_describes_a_layer_in_one_line():
+    assert "in_features=11, out_features=6, r=2, alpha=6" in repr(lora_layer(11, 6))
+
+
+# -- what is saved for backward ------------------------------------------------------------------------------
+
+
+def live(model: nn.Module) -> set[int]:
+    """Addresses of the memory that the model holds anyway."""
+    parameters = [p for p in model.parameters() if not isinstance(p, NF4Tensor)]
+    parts = [part for p in model.parameters() if isinstance(p, NF4Tensor) for part in p.parts.values()]
+    return {tensor.untyped_storage().data_ptr() for tensor in parameters + parts}
+
+
+def saved_tensors(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        return f(x), kept
+
+
+def saved_bytes(model: nn.Module, kept: list[Tensor]) -> int:
+    """Bytes that the tensors kept hold beyond the model's own, each piece of memory counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept}
+    return sum(storage.nbytes() for address, storage in storages.items() if address not in live(model))
+
+
+def test_backward_saves_inputs_and_their_projections_and_nothing_else():
+    model = stack()
+    y, kept = saved_tensors(model, randn(T, WIDTHS[0]).requires_grad_())
+    inputs, projections = T * (WIDTHS[0] + WIDTHS[1]), 2 * T * RANK
+    assert saved_bytes(model, kept) == 4 * (inputs + projections)
+    assert all(t.numel() < SMALLEST for t in kept if t.is_floating_point())
+
+
+def test_backward_in_bfloat16_saves_the_rounded_adapters_too():
+    model = stack(dtype=torch.bfloat16)
+    y, kept = saved_tensors(model, randn(T, WIDTHS[0], dtype=torch.bfloat16).requires_grad_())
+    inputs, projections = T * (WIDTHS[0] + WIDTHS[1]), 2 * T * RANK
+    adapters = RANK * (WIDTHS[0] + 2 * WIDTHS[1] + WIDTHS[2])
+    assert saved_bytes(model, kept) == 2 * (inputs + projections + adapters)
+
+
+def test_backward_with_dropout_saves_its_mask_too():
+    model = stack(dropout=0.5)
+    y, kept = saved_tensors(model, randn(T, WIDTHS[0]).requires_grad_())
+    inputs, projections = T * (WIDTHS[0] + WIDTHS[1]), 2 * T * RANK
+    assert saved_bytes(model, kept) == 4 * (2 * inputs + projections)  # the mask is as large as the input
+    assert all(t.numel() < SMALLEST for t in kept if t.is_floating_point())
+
+
+def decoded_in_plain_operations(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """The same layer as one would write it first: what it saves is what this package exists to avoid."""
+    w = NF4Tensor.from_float(linear.weight.dequantize(), double_quant=False)
+    codes = torch.stack([w.packed >> 4, w.packed & 15], 1).view(-1, 64)
+
+    def f(x: Tensor) -> Tensor:
+        return x @ (w.codebook[codes.int()] * w.absmax[:, None]).view(w.shape).T
+
+    return f
+
+
+def test_a_dequantized_weight_would_have_been_seen():
+    linear = nf4_layer(64, 48)
+    x = randn(T, 64).requires_grad_()
+    _, kept = saved_tensors(lambda x: F.linear(x, linear.weight.dequantize()), x)
+    assert saved_bytes(linear, kept) == 4 * 64 * 48
+    assert sum(saved_by_the_compiler(decoded_in_plain_operations(linear), x, default_partition)) >= 64 * 48
+
+
+# -- under torch.compile -------------------------------------------------------------------------------------
+
+
+def boxed(graph: torch.fx.GraphModule, _) -> Callable:
+    """Run the compiler's graph as it is: all of torch.compile but the kernels, and so no C++ compiler."""
+
+    def run(inputs: list) -> list:
+        return graph.forward(*inputs)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def compiled_by(partition: Callable, on_backward: Callable = boxed) -> Callable:
+    """A backend for torch.compile that splits forward from backward by `partition`."""
+    return aot_autograd(fw_compiler=boxed, bw_compiler=on_backward, partition_fn=partition)
+
+
+def saved_by_the_compiler(f: Callable[[Tensor], Tensor], x: Tensor, partition: Callable) -> list[int]:
+    """Sizes of the floating-point tensors that the compiled backward of `f` takes, y's gradient included."""
+    sizes: list[int] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        sizes.extend(t.numel() for t in inputs if isinstance(t, Tensor) and t.is_floating_point())
+        return boxed(graph, inputs)
+
+    torch.compile(f, backend=compiled_by(partition, record), fullgraph=True)(x).sum().backward()
+    assert sizes
+    return sizes
+
+
+PARTITIONS = pytest.mark.parametrize("partition", [default_partition, min_cut_rematerialization_partition])
+
+
+@PARTITIONS
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_backward_saves_nothing_dequantized(dtype: torch.dtype, dropout: float, partition: Callable):
+    x = randn(T, WIDTHS[0], dtype=dtype).requires_grad_()
+    sizes = saved_by_the_compiler(stack(dropout=dropout, dtype=dtype), x, partition)
+    # All of them together, inputs, adapters and codebooks, are fewer numbers than the smaller weight has.
+    assert sum(sizes) < SMALLEST
+
+
+@PARTITIONS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_output_and_gradients_equal_eager(dtype: torch.dtype, partition: Callable):
+    model = stack(bias=True, dtype=dtype)
+    compiled = torch.compile(model, backend=compiled_by(partition), fullgraph=True)
+    assert_near([run(model, f, T, 3, WIDTHS[0], dtype=dtype) for f in (model, compiled)])
+
+
+def transparent(dropout: float) -> LoRALinear:
+    """A layer that shows its dropout mask: no base, and an adapter that is the identity."""
+    linear = nn.Linear(6, 6, bias=False)
+    linear.weight = nn.Parameter(NF4Tensor.from_float(torch.zeros(6, 6)), requires_grad=False)
+    layer = LoRALinear(linear, r=6, alpha=6, dropout=dropout)
+    with torch.no_grad():
+        layer.lora_A.copy_(torch.eye(6))
+        layer.lora_B.copy_(torch.eye(6))
+    return layer
+
+
+def assert_backward_uses_the_mask_of_forward(layer: LoRALinear, f: Callable[[Tensor], Tensor]) -> Tensor:
+    x, grad_y = (randn(50, 6).abs() + 0.1).requires_grad_(), randn(50, 6, seed=1)
+    layer.zero_grad()
+    y = f(x)
+    y.backward(grad_y)
+    mask = (y != 0).float()
+    keep = 1 - layer.dropout.p
+    assert 0.6 < mask.mean() < 0.9  # of 300 draws at 0.75
+    torch.testing.assert_close(y, x * mask / keep)
+    torch.testing.assert_close(x.grad, grad_y * mask / keep)
+    torch.testing.assert_close(layer.lora_A.grad, grad_y.T @ (x * mask / keep))
+    torch.testing.assert_close(layer.lora_B.grad, grad_y.T @ (x * mask / keep))
+    return mask
+
+
+@pytest.mark.parametrize("partition", [None, default_partition, min_cut_rematerialization_partition])
+def test_backward_uses_the_dropout_mask_of_forward(partition: Callable | None):
+    layer = transparent(dropout=0.25)
+    f = torch.compile(layer, backend=compiled_by(partition), fullgraph=True) if partition else layer
+    first = assert_backward_uses_the_mask_of_forward(layer, f)
+    assert not torch.equal(assert_backward_uses_the_mask_of_forward(layer, f), first)
+
+
+@pytest.mark.skipif(not shutil.which("g++") and not shutil.which("clang++"), reason="no C++ compiler")
+@pytest.mark.skipif(not Path(sysconfig.get_path("include"), "Python.h").is_file(), reason="no Python.h")
+def test_inductor_equals_eager_and_saves_nothing_dequantized():
+    class Both(nn.Module):  # in one module, because each compilation takes seconds
+        def __init__(self):
+            super().__init__()
+            self.net, self.mask = stack(bias=True), transparent(dropout=0.25)
+
+        def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+            return self.net(x), self.mask(z)
+
+    both = Both()
+    compiled = torch.compile(both, fullgraph=True)
+    net, mask = (lambda x: compiled(x, torch.ones(50, 6))[0]), (lambda z: compiled(randn(T, WIDTHS[0]), z)[1])
+    assert_near([run(both.net, f, T, WIDTHS[0]) for f in (both.net, net)])
+    assert_backward_uses_the_mask_of_forward(both.mask, mask)
+    _, kept = saved_tensors(net, randn(T, WIDTHS[0]).requires_grad_())
+    assert 0 < sum(t.numel() for t in kept if t.is_floating_point()) < SMALLEST
+
+
+# -- checkpointing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointing_gives_the_same_gradients(dropout: float):
+    model = stack(dropout=dropout, bias=True)
+    eager = run(model, model, T, WIDTHS[0])
+    recomputed = run(model, lambda x: checkpoint(model, x, use_reentrant=False), T, WIDTHS[0])
+    assert len(eager) == 6
+    assert all(torch.equal(a, b) for a, b in zip(eager, recomputed, strict=True))
+
+
+# -- a whole model -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "target_modules",
+    [
+        ["q_proj"],
+        ["q_proj", "up_proj"],
+        ["attn.q_proj"],
+        ["layers.1.mlp.up_proj"],
+        ["lm_head"],
+        r".*\.q_proj",
+        r"q_proj",
+        r"layers\.\d\.mlp\.(up|down)_proj",
+        r".*(q|o)_proj",
+    ],
+)
+def test_rules_for_targets_are_those_of_peft(target_modules: str | list[str]):
+    theirs = peft.get_peft_model(TinyModel(), peft.LoraConfig(target_modules=target_modules))
+    assert add_lora(TinyModel(), target_modules=target_modules) == theirs.base_model.targeted_module_names
+
+
+def test_all_linear_means_what_peft_means_by_it():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=12, num_attention_heads=2)
+    with torch.device("meta"):
+        ours, theirs = (LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2)) for _ in range(2))
+    config = peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    names = peft.get_peft_model(theirs, config).base_model.targeted_module_names
+    assert add_lora(ours) == names
+    assert len(names) == 2 * 7
+
+
+def test_add_lora_freezes_all_but_the_adapters():
+    model = TinyModel()
+    names = add_lora(model, r=2, target_modules=["q_proj"])
+    assert names == ["layers.0.attn.q_proj", "layers.1.attn.q_proj", "q_proj"]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{name}.lora_{letter}" for name in names for letter in "AB"}
+    assert list(lora_layers(model)) == names
+
+
+def test_add_lora_keeps_the_names_of_the_base():
+    model = TinyModel()
+    before = set(model.state_dict())
+    add_lora(model)
+    assert {name for name in model.state_dict() if "lora_" not in name} == before
+
+
+def test_add_lora_passes_its_options_on():
+    model = TinyModel()
+    add_lora(model, r=3, alpha=12, dropout=0.25, target_modules=["q_proj"])
+    layer = model.q_proj
+    assert (layer.r, layer.alpha, layer.scaling, layer.dropout.p) == (3, 12, 4.0, 0.25)
+
+
+def test_same_seed_same_adapters():
+    models = [TinyModel() for _ in range(2)]
+    for model in models:
+        torch.manual_seed(7)
+        add_lora(model)
+    for name, layer in lora_layers(models[0]).items():
+        assert torch.equal(layer.lora_A, lora_layers(models[1])[name].lora_A)
+    assert not torch.equal(models[0].layers[0].attn.q_proj.lora_A, models[0].q_proj.lora_A)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"r": 0}, "rank r must be at least 1, not 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), not -0.1"),
+        (
+            {"target_modules": ["q_proj", "k_proj"]},
+            "target module 'k_proj' matches no linear layer; the model has",
+        ),
+        ({"target_modules": ["proj"]}, "'proj' matches no linear layer"),
+        ({"target_modules": "layers"}, "has down_proj, lm_head, mq_proj, o_proj, q_proj, up_proj"),
+        ({"target_modules": ["embed_tokens"]}, "'embed_tokens' matches no linear layer"),
+        ({"target_modules": []}, "no linear layer"),
+        ({"target_modules": "("}, "regular expression"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_and_the_model_left_alone(options: dict, message: str):
+    model = TinyModel()
+    with pytest.raises(ValueError, match=message):
+        add_lora(model, **options)
+    assert not lora_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_all_linear_needs_more_than_a_head():
+    model = nn.ModuleDict(dict(lm_head=nn.Linear(4, 8)))
+    with pytest.raises(ValueError, match="'all-linear' matches no linear layer"):
+        find_targets(model, "all-linear")
+
+
+def test_adapters_are_not_added_twice():
+    model = TinyModel()
+    add_lora(model, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="has adapters already"):
+        add_lora(model, target_modules=["o_proj"])
+
+
+# -- switched off --------------------------------------------------------------------------------------------
+
+
+def test_disabled_adapters_leave_the_base():
+    model, x = TinyModel(), torch.tensor([1, 5, 2])
+    base = model(x)
+    add_lora(model)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    tuned = model(x)
+    assert not torch.equal(tuned, base)
+    with adapters_disabled(model):
+        assert torch.equal(model(x), base)
+    assert torch.equal(model(x), tuned)
+
+
+def test_adapters_come_back_after_an_exception():
+    model = TinyModel()
+    add_lora(model)
+    with pytest.raises(KeyError), adapters_disabled(model):
+        assert not any(layer.enabled for layer in lora_layers(model).values())
+        raise KeyError
+    assert all(layer.enabled for layer in lora_layers(model).values())
+
+
+def test_an_adapter_that_was_off_before_stays_off():
+    model = TinyModel()
+    add_lora(model)
+    model.q_proj.enabled = False
+    with adapters_disabled(model), adapters_disabled(model):
+        pass
+    assert [name for name, layer in lora_layers(model).items() if not layer.enabled] == ["q_proj"]

@@ -1,0 +1,279 @@
+"""The product: that of the decoded matrix whatever the tiles, with gradients, keeping only what is packed."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minqlora import matmul
+from minqlora.codebook import dynamic_map, nf4
+from minqlora.matmul import cast_linear, cast_linear_backward, nf4_dequantize, nf4_linear
+from minqlora.quantize import dequantize_scales, pair_table, quantize, quantize_scales
+
+N, K = 10, 12  # blocks of 64 run over the ends of rows, and the last one is short
+SHAPES = [(10, 12), (7, 9), (3, 128), (5, 1), (1, 5), (65, 2), (9, 100)]
+# A tile of one granule, of a few rows, and of the whole weight.
+TILES = [1, 200, 2**21]
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def pack(shape: tuple[int, int], block_size: int = 64, double_quant: bool = True) -> tuple:
+    """What the operators take after x: packed, scales, codebook, shape, block_size, nested_block_size."""
+    packed, absmax = quantize(randn(*shape, seed=math.prod(shape)), nf4(), block_size)
+    scales = [absmax]
+    if double_quant:
+        codes, nested_absmax, offset = quantize_scales(absmax, dynamic_map(), 4)
+        scales = [codes, nested_absmax, dynamic_map(), offset]
+    return packed, scales, nf4(), shape, block_size, 4
+
+
+def decoded(parts: tuple, dtype: torch.dtype = torch.float32) -> Tensor:
+    packed, scales, codebook, shape, block_size, nested_block_size = parts
+    out = torch.empty(shape, dtype=dtype)
+    return nf4_dequantize(packed, scales, codebook, out, block_size, nested_block_size)
+
+
+def saved_tensors(f, *args) -> list[Tensor]:
+    """The tensors that `f(*args)` saves for its backward pass."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        f(*args)
+    return kept
+
+
+# -- decoding by tiles ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")  # torch only warns where an output is too large, and makes it smaller
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block_size", [2, 6, 64])
+def test_tiles_decode_to_the_bits_of_the_whole(shape, block_size, tile, monkeypatch):
+    parts = pack(shape, block_size)
+    packed, (codes, nested_absmax, nested_codebook, offset), *_ = parts
+    absmax = dequantize_scales(codes, nested_absmax, nested_codebook, offset, 4)
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: math.prod(shape)]
+    expected = nf4()[codes.int()] * absmax.repeat_interleave(block_size)[: math.prod(shape)]
+    monkeypatch.setattr(matmul, "TILE", tile)
+    assert torch.equal(decoded(parts), expected.view(shape))
+    assert torch.equal(decoded(parts, torch.bfloat16), expected.view(shape).bfloat16())
+
+
+def test_decoding_writes_to_an_out_that_is_not_contiguous(monkeypatch):
+    monkeypatch.setattr(matmul, "TILE", 1)
+    packed, scales, codebook, shape, *sizes = parts = pack((70, 3))
+    out = torch.full((3, 140), float("nan")).T[::2]
+    assert nf4_dequantize(packed, scales, codebook, out, *sizes) is out
+    assert torch.equal(out, decoded(parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_expression_for_the_gpu_decodes_to_the_same_bits(shape, dtype):
+    packed, (absmax,), codebook, *_ = parts = pack(shape, double_quant=False)
+    with torch.compiler.set_stance("force_eager"):
+        decode = matmul.compiled_decode(64, dtype)
+        flat = decode(packed, absmax, pair_table(codebook), math.prod(shape))
+    assert torch.equal(flat.view(shape), decoded(parts, dtype))
+
+
+# -- the product ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_product_and_gradient_are_those_of_the_decoded_matrix(shape, double_quant, tile, monkeypatch):
+    monkeypatch.setattr(matmul, "TILE", tile)
+    parts = pack(shape, double_quant=double_quant)
+    w = decoded(parts, torch.float64)
+    x = randn(4, shape[1], dtype=torch.float64).requires_grad_()
+    grad_y = randn(4, shape[0], seed=1, dtype=torch.float64)
+    y = nf4_linear(x, *parts)
+    (grad_x,) = torch.autograd.grad(y, x, grad_y)
+    # In float64, where tiles differ from the whole by the order of sums only: a hundred terms of some 1e-16.
+    torch.testing.assert_close(y, x @ w.T, rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad_x, grad_y @ w, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_tile_gives_the_bits_of_a_dense_layer(dtype: torch.dtype):
+    parts = pack((N, K))
+    x = randn(5, K, dtype=dtype).requires_grad_()
+    theirs = x.detach().clone().requires_grad_()
+    y, expected = nf4_linear(x, *parts), F.linear(theirs, decoded(parts, dtype))
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+    y.sin().sum().backward()
+    expected.sin().sum().backward()
+    assert torch.equal(x.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("tiles", [1, 4])
+def test_tiles_in_bfloat16_round_once_each(tiles: int, monkeypatch):
+    monkeypatch.setattr(matmul, "TILE", 192 * 64 // tiles)
+    parts = pack((192, 64))
+    w = decoded(parts, torch.bfloat16).double()
+    x = randn(8, 64, dtype=torch.bfloat16).requires_grad_()
+    grad_y = randn(8, 192, seed=1, dtype=torch.bfloat16)
+    y = nf4_linear(x, *parts)
+    (grad_x,) = torch.autograd.grad(y, x, grad_y)
+    # bfloat16 has 8 bits: a number under 64 is rounded by no more than 1/8. The 1e-3 is for sums in float32.
+    assert max((x.double() @ w.T).abs().max(), (grad_y.double() @ w).abs().max()) < 60
+    assert (y.double() - x.double() @ w.T).abs().max() <= 1 / 8 + 1e-3
+    assert (grad_x.double() - grad_y.double() @ w).abs().max() <= tiles / 8 + 1e-3
+
+
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+def test_any_number_of_leading_dimensions(lead: tuple[int, ...]):
+    parts = pack((N, K))
+    x = randn(*lead, K).requires_grad_()
+    y = nf4_linear(x, *parts)
+    y.square().sum().backward()
+    assert y.shape == (*lead, N)
+    expected = x.detach().reshape(-1, K) @ decoded(parts).T
+    torch.testing.assert_close(y.reshape(-1, N), expected)
+    torch.testing.assert_close(x.grad.reshape(-1, K), 2 * expected @ decoded(parts))
+
+
+def test_inputs_and_gradients_that_are_not_contiguous():
+    parts = pack((N, K))
+    x = randn(K, 6).T[::2].requires_grad_()
+    y = nf4_linear(x, *parts)
+    torch.testing.assert_close(y, x @ decoded(parts).T)
+    (grad_x,) = torch.autograd.grad(y.sum(), x)  # of ones, expanded from a single number
+    torch.testing.assert_close(grad_x, decoded(parts).sum(0).expand(3, K))
+
+
+def test_an_input_of_another_width_is_refused():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        nf4_linear(randn(3, K + 1), *pack((N, K)))
+
+
+def test_gradients_are_those_of_finite_differences(monkeypatch):
+    monkeypatch.setattr(matmul, "TILE", 1)
+    parts = pack((5, 3), block_size=2)
+    x = randn(2, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: nf4_linear(x, *parts), x)
+
+
+def test_nothing_uninitialized_reaches_a_result(monkeypatch):
+    monkeypatch.setattr(matmul, "TILE", 1)
+    parts, weight = pack((65, 2)), randn(65, 2, dtype=torch.float16)
+    x = randn(3, 2).requires_grad_()
+    torch.use_deterministic_algorithms(True)  # which fills what torch.empty gives with NaN
+    try:
+        assert torch.empty(1).isnan()
+        y = nf4_linear(x, *parts) + cast_linear(x, weight)
+        y.sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert y.isfinite().all()
+    assert x.grad.isfinite().all()
+
+
+def test_the_scratch_holds_one_tile(monkeypatch):
+    # Of a weight of 64 rows in tiles of 16 numbers, no more than four rows are ever decoded at a time.
+    seen = []
+    decode = matmul.dequantize
+    monkeypatch.setattr(matmul, "TILE", 16)
+    monkeypatch.setattr(matmul, "dequantize", lambda *args, out: seen.append(out) or decode(*args, out=out))
+    x = randn(2, 4).requires_grad_()
+    nf4_linear(x, *pack((64, 4), block_size=16)).sum().backward()
+    assert [len(tile) for tile in seen] == [4] * 32
+    assert len({tile.data_ptr() for tile in seen[:16]}) == 1
+    assert len({tile.data_ptr() for tile in seen[16:]}) == 1
+    assert [len(tile) for _, tile in matmul._cast_tiles(randn(10, 4), torch.float64)] == [4, 4, 2]
+
+
+# -- the 16-bit weight under another dtype -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tile", [1, 30, 2**21])
+@pytest.mark.parametrize("lead", [(), (4,), (2, 3), (0,)])
+def test_cast_product_and_gradient_are_those_of_the_cast_matrix(lead, tile, monkeypatch):
+    monkeypatch.setattr(matmul, "TILE", tile)
+    weight = randn(N, K, dtype=torch.bfloat16)
+    x = randn(*lead, K, dtype=torch.float64).requires_grad_()
+    grad_y = randn(*lead, N, seed=1, dtype=torch.float64)
+    y = cast_linear(x, weight)
+    (grad_x,) = torch.autograd.grad(y, x, grad_y)
+    torch.testing.assert_close(y, x @ weight.double().T, rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad_x, grad_y @ weight.double(), rtol=0, atol=1e-12)
+    assert torch.equal(cast_linear_backward(grad_y, weight), grad_x)
+
+
+def test_cast_product_of_equal_dtypes_is_a_plain_linear():
+    weight, x = randn(N, K).requires_grad_(), randn(3, K)
+    assert torch.equal(cast_linear(x, weight), F.linear(x, weight))
+    assert cast_linear(x, weight).requires_grad
+    assert torch.equal(cast_linear_backward(randn(3, N), weight), randn(3, N) @ weight)
+
+
+def test_cast_product_takes_a_weight_that_is_not_contiguous(monkeypatch):
+    monkeypatch.setattr(matmul, "TILE", 25)
+    weight = randn(K, N, dtype=torch.bfloat16).T
+    torch.testing.assert_close(cast_linear(randn(3, K), weight), randn(3, K) @ weight.float().T)
+
+
+# -- what is saved -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_backward_saves_only_packed_tensors(double_quant: bool):
+    parts = pack((N, K), double_quant=double_quant)
+    packed, scales, codebook, *_ = parts
+    kept = saved_tensors(nf4_linear, randn(3, K).requires_grad_(), *parts)
+    assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (packed, codebook, *scales)}
+
+
+def test_backward_of_a_cast_saves_only_the_16_bit_weight():
+    weight = randn(N, K, dtype=torch.bfloat16)
+    kept = saved_tensors(cast_linear, randn(3, K).requires_grad_(), weight)
+    assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
+
+
+def test_a_dequantized_weight_would_have_been_seen():
+    w = decoded(pack((N, K)))
+    kept = saved_tensors(F.linear, randn(3, K).requires_grad_(), w)
+    assert any(t.data_ptr() == w.data_ptr() for t in kept)
+
+
+# -- the operators in the eyes of torch ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_keep_what_they_promise_the_compiler(dtype: torch.dtype):
+    packed, scales, codebook, shape, *sizes = pack((N, K))
+    rest = (packed, scales, codebook, *shape, *sizes)
+    ops = torch.ops.minqlora
+    torch.library.opcheck(ops.nf4_linear.default, (randn(3, K, dtype=dtype).requires_grad_(), *rest))
+    torch.library.opcheck(ops.nf4_linear_backward.default, (randn(3, N, dtype=dtype), *rest))
+    weight = randn(N, K, dtype=torch.float16)
+    torch.library.opcheck(ops.cast_linear.default, (randn(3, K, dtype=dtype).requires_grad_(), weight))
+    torch.library.opcheck(ops.cast_linear_backward.default, (randn(3, N, dtype=dtype), weight))
+
+
+# -- the other device ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("shape", [(10, 12), (7, 9), (96, 128)])
+def test_a_gpu_decodes_to_the_same_bits_and_multiplies_as_well(shape):
+    packed, scales, codebook, *rest = parts = pack(shape)
+    there = (packed.cuda(), [scale.cuda() for scale in scales], codebook.cuda(), *rest)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.empty(shape, dtype=dtype, device="cuda")
+        nf4_dequantize(*there[:3], out, *rest[1:])
+        assert torch.equal(out.cpu(), decoded(parts, dtype))
+    x = randn(4, shape[1]).cuda().requires_grad_()
+    y = nf4_linear(x, *there)
+    y.sum().backward()
+    torch.testing.assert_close(y.cpu(), x.detach().cpu() @ decoded(parts).T, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad.cpu(), decoded(parts).sum(0).expand(4, -1), rtol=1e-4, atol=1e-4)
