@@ -39,6 +39,7 @@ _UNDERSTOOD: dict[str, tuple] = {
     "use_rslora": (False,),
     "use_dora": (False,),
     "lora_bias": (False,),
+    "init_lora_weights": (True, "gaussian", "orthogonal"),  # others change the base too
     "use_qalora": (False,),
     "rank_pattern": ({},),
     "alpha_pattern": ({},),
@@ -134,13 +135,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, values in _UNDERSTOOD.items():
         if config.get(key) not in (None, False, *values):
             raise ValueError(f"{path}: {key} = {config[key]!r} is not supported")
-    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float)), ("target_modules", (str, list))):
-        if not isinstance(config.get(key), kinds):
+    config.setdefault("lora_dropout", 0.0)
+    number = (int, float)
+    kinds = {"r": (int,), "lora_alpha": number, "lora_dropout": number, "target_modules": (str, list)}
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind) or isinstance(config[key], bool):
             raise ValueError(f"{path}: {key} is missing or of the wrong type: {config.get(key)!r}")
+    if config["r"] < 1 or not 0 <= config["lora_dropout"] < 1:
+        raise ValueError(f"{path}: impossible r = {config['r']} or lora_dropout = {config['lora_dropout']}")
     return dict(
         r=config["r"],
         alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout") or 0.0,
+        dropout=config["lora_dropout"],
         target_modules=config["target_modules"],
     )
 

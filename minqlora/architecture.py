@@ -120,7 +120,7 @@ def _number(config: dict[str, Any], key: str, default: Any = None, kind: type = 
     if value is None:
         raise ValueError(f"{key} is missing")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or value <= 0 or kind(value) != value:
+    if not is_number or not 0 < value < 2**63 or kind(value) != value:
         raise ValueError(f"{key} must be a positive {'integer' if kind is int else 'number'}, got {value!r}")
     return kind(value)
 

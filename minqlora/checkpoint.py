@@ -180,7 +180,7 @@ def _read_tensor(file, path: Path, name: str, shape: torch.Size) -> Tensor:
     if found != tuple(shape):
         raise ValueError(f"{path}: {name} has shape {found}, but config.json asks for {tuple(shape)}")
     tensor = file.get_tensor(name)
-    if not tensor.is_floating_point():
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{path}: {name} is {tensor.dtype}; expected float32, float16 or bfloat16")
     return tensor
 

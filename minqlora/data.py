@@ -132,6 +132,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
+                raise ValueError(f"{where}: not readable as JSON ({error})") from None
             if not text.strip():
                 continue
             if not isinstance(row, dict):
@@ -179,6 +181,10 @@ def _text(row: dict[str, Any], key: str) -> str:
     if not isinstance(row[key], str):
         kind = "null" if row[key] is None else type(row[key]).__name__
         raise ValueError(f"{key!r} must be text, got {kind}")
+    try:
+        row[key].encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{key!r} holds half of a surrogate pair, which is no character") from None
     return row[key]
 
 

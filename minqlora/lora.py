@@ -95,8 +95,8 @@ def add_lora(
     whole path. PEFT's rules.
 
     Returns the paths of the adapted layers. Raises ValueError if nothing matches, if a name in the list
-    matches nothing, if the model has adapters already, or for an impossible r or dropout. Draws from torch's
-    global random generator: seed first.
+    matches nothing or lm_head, if the model has adapters already, or for an impossible r or dropout. Draws
+    from torch's global random generator: seed first.
     """
     if r < 1:
         raise ValueError(f"the rank r must be at least 1, not {r}")
@@ -128,7 +128,10 @@ def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]
         rule = target_modules if isinstance(target_modules, str) else [target]
         if not any(_is_target(name, rule) for name in linear_names):
             raise ValueError(f"target module {target!r} matches no linear layer; the model has {kinds}")
-    return [name for name in linear_names if _is_target(name, target_modules)]
+    chosen = [name for name in linear_names if _is_target(name, target_modules)]
+    if any(name.rpartition(".")[2] == "lm_head" for name in chosen):
+        raise ValueError("target_modules names lm_head, but the output head takes no adapter")
+    return chosen
 
 
 def _is_target(name: str, target_modules: str | list[str]) -> bool:

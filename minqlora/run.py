@@ -39,15 +39,19 @@ def require_unused(folder: Path) -> None:
 
 def next_run_folder(parent: Path, name: str) -> Path:
     """Return the path `parent/name-K` with the smallest K above all that are there; it is not made yet."""
-    taken = [path.name.removeprefix(f"{name}-") for path in parent.glob(f"{name}-*")]
+    names = [path.name for path in parent.iterdir()] if parent.is_dir() else []
+    taken = [other.removeprefix(f"{name}-") for other in names if other.startswith(f"{name}-")]
     return parent / f"{name}-{max((int(number) for number in taken if number.isdecimal()), default=0) + 1}"
 
 
 class MetricsLog:
-    """`metrics.jsonl`: append one JSON object a line, on disk as soon as it is written."""
+    """`metrics.jsonl`: append one JSON object a line, in the file as soon as it is written.
+
+    The file must be new, so that of two runs started at once only one gets a folder.
+    """
 
     def __init__(self, folder: Path):
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for a run)
+        self._file = open(folder / "metrics.jsonl", "x", encoding="utf-8", buffering=1)  # noqa: SIM115 (open for a run)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row; numbers that JSON cannot hold (NaN, infinity) are written as null."""

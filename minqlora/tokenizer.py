@@ -13,10 +13,12 @@ Before: adapter. Next: data.
 """
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -49,10 +51,12 @@ class Tokenizer:
         }
         self.eos_ids = self._find_eos_ids()
         template_file = self.folder / "chat_template.jinja"
-        template = (
-            template_file.read_text("utf-8") if template_file.is_file() else self._config.get("chat_template")
-        )
-        self.chat_template: str | None = template if isinstance(template, str) else None
+        template = self._config.get("chat_template")
+        if template_file.is_file():
+            template = template_file.read_text("utf-8")
+        if isinstance(template, list):  # several, by name
+            template = {part["name"]: part["template"] for part in template}.get("default")
+        self.chat_template: str | None = template
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Return a text's token ids; add_special_tokens adds those the tokenizer puts around a text."""
@@ -61,6 +65,11 @@ class Tokenizer:
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids: one more than the largest."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     def token(self, token_id: int) -> str | None:
         """Return a token as the vocabulary writes it, or None if there is no such id."""
@@ -76,15 +85,16 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError(f"{self.folder}: the tokenizer has no chat template")
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationBlock]
         )
         environment.globals["raise_exception"] = _raise_template_error
+        environment.globals["strftime_now"] = lambda text: datetime.now().strftime(text)
+        environment.filters["tojson"] = _to_json
+        known = {name: token for name, token in self.special_tokens.items() if token is not None}
         try:
             template = environment.from_string(self.chat_template)
-            return template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
-            )
-        except (jinja2.TemplateError, TypeError) as error:
+            return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **known)
+        except Exception as error:  # a template is a program, and fails in as many ways
             raise ValueError(f"{self.folder}: the chat template failed: {error}") from None
 
     def _find_eos_ids(self) -> list[int]:
@@ -123,6 +133,20 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _token_text(token: Any) -> str | None:
     # A special token is written as text, or as an object that describes it.
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    # Jinja's own tojson escapes for HTML and for ASCII; models were trained on neither.
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+class _GenerationBlock(Extension):
+    # {% generation %} marks answers in some templates; data.py finds them itself, and the text just passes.
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _raise_template_error(message: str) -> None:

@@ -38,7 +38,10 @@ class Config:
     temperature: float = option(0.0, "0: always the likeliest token; 1: the model's own odds")
     top_p: float = option(1.0, "draw from the likeliest tokens that have this much probability together")
     seed: int = option(0, "seed of the drawing")
-    bits: Literal[4, 16] = option(4, "bits of the frozen linear layers; 16: no quantization")
+    bits: Literal[4, 16] | None = option(
+        None,
+        "bits of the frozen linear layers; 16: no quantization (default: as the adapter was trained, else 4)",
+    )
     dtype: Literal["bfloat16", "float32"] | None = option(
         None, "compute dtype (default: what the hardware does well)"
     )
@@ -52,21 +55,29 @@ class Config:
             raise ValueError(
                 f"--temperature must be >= 0 and --top_p in (0, 1], got {self.temperature} and {self.top_p}"
             )
+        if self.model is None and self.adapter is None:
+            raise ValueError("give --model, or --adapter with a run of finetune.py")
+        run = run_config(self.adapter) if self.adapter is not None else {}
         if self.model is None:
-            if self.adapter is None:
-                raise ValueError("give --model, or --adapter with a run of finetune.py")
-            self.model = base_of_run(self.adapter)
+            if "model" not in run:
+                path = f"{self.adapter}/config.yaml"
+                raise ValueError(f"{path}: not found, so the base model is not known; give --model")
+            self.model = Path(run["model"])
+        self.bits = self.bits or run.get("bits", 4)
 
 
-def base_of_run(folder: Path) -> Path:
-    """Return the model folder that a run of finetune.py was trained on; ValueError if it is no such run."""
+def run_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration of the run in an adapter folder, empty if it is not one of finetune.py's."""
     path = folder / "config.yaml"
     if not path.is_file():
-        raise ValueError(f"{path}: not found, so the base model is not known; give --model")
-    model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model")
-    if not isinstance(model, str):
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model"), str):
         raise ValueError(f"{path}: names no model; give --model")
-    return Path(model)
+    return config
 
 
 def reply(model: CausalLM, tokenizer: Tokenizer, messages: list[Message], **options: Any) -> Iterator[str]:
@@ -106,31 +117,34 @@ def main() -> None:
         top_p=config.top_p,
         seed=config.seed,
     )
-    beginning: list[Message] = [{"role": "system", "content": config.system}] if config.system else []
+    messages: list[Message] = [{"role": "system", "content": config.system}] if config.system else []
     if config.prompt is not None:
-        for text in reply(
-            model, tokenizer, [*beginning, {"role": "user", "content": config.prompt}], **options
-        ):
-            print(text, end="", flush=True)
-        print()
+        with user_errors():
+            answer(model, tokenizer, [*messages, {"role": "user", "content": config.prompt}], **options)
         return
-    messages = beginning
     while True:
         try:
             said = input("\nyou: ").strip()
             if not said:
                 return
+            print("model: ", end="")
             messages.append({"role": "user", "content": said})
-            answer = ""
-            print("model: ", end="", flush=True)
-            for text in reply(model, tokenizer, messages, **options):
-                answer += text
-                print(text, end="", flush=True)
-            print()
-            messages.append({"role": "assistant", "content": answer})
+            with user_errors():
+                text = answer(model, tokenizer, messages, **options)
+            messages.append({"role": "assistant", "content": text})
         except (EOFError, KeyboardInterrupt):
             print()
             return
+
+
+def answer(model: CausalLM, tokenizer: Tokenizer, messages: list[Message], **options: Any) -> str:
+    """Print the answer to a conversation as it is generated, and return it."""
+    text = ""
+    for piece in reply(model, tokenizer, messages, **options):
+        print(piece, end="", flush=True)
+        text += piece
+    print()
+    return text
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from minqlora import PagedAdamW, add_lora, load_model, save_adapter
+from minqlora.architecture import read_architecture
 from minqlora.checkpoint import default_dtype, quantized_size, write_atomically
 from minqlora.data import Batch, Example, collate, load_dataset, shuffled, split
 from minqlora.loss import supervised_loss
@@ -114,6 +115,16 @@ class Config:
                 value = getattr(self, name)
                 if value is not None and value < least:
                     raise ValueError(f"--{name} must be at least {least}, got {value}")
+        for name, value, below in (
+            ("adam_beta2", self.adam_beta2, 1),
+            ("lora_dropout", self.lora_dropout, 1),
+        ):
+            if not 0 <= value < below:
+                raise ValueError(f"--{name} must be in [0, {below}), got {value}")
+        if self.seed >= 2**32:
+            raise ValueError(f"--seed must be below 2**32, got {self.seed}")
+        if self.block_size % 2:
+            raise ValueError(f"--block_size must be even, got {self.block_size}")
         if not self.dataset:
             raise ValueError("--dataset needs at least one file")
         if self.eval_dataset and self.val_size:
@@ -131,13 +142,14 @@ class Prepared:
     train: list[Example]
     held_out: list[Example]
     folder: Path
+    log: MetricsLog
 
 
 def prepare(config: Config) -> Prepared:
     """Load model and data as configured and say what was found. Raises ValueError for the user's mistakes."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but training runs on one device so far; "
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but training runs on one device so far; "
             "start it without torchrun"
         )
     folder = config.output_dir or next_run_folder(Path("runs"), config.model.resolve().name)
@@ -145,7 +157,13 @@ def prepare(config: Config) -> Prepared:
     device = choose_device(config.device)
     dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
 
+    arch = read_architecture(config.model)
     tokenizer = Tokenizer(config.model)
+    if tokenizer.vocab_size > arch.vocab_size:
+        raise ValueError(
+            f"{config.model}: tokenizer.json has {tokenizer.vocab_size} tokens, but config.json says "
+            f"vocab_size = {arch.vocab_size}"
+        )
     examples, report = load_dataset(config.dataset, tokenizer, config.max_seq_length)
     print(f"data      {report}")
     train, held_out = split(examples, config.val_size, config.seed)
@@ -155,7 +173,7 @@ def prepare(config: Config) -> Prepared:
     held_out = held_out[: config.max_eval_samples]
 
     torch.manual_seed(config.seed)  # before the adapters are drawn
-    with tqdm(unit="B", unit_scale=True, desc="loading", leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, desc="loading", leave=False, disable=None) as bar:
         model = load_model(
             config.model,
             quant_type=config.quant_type if config.bits == 4 else None,
@@ -180,10 +198,12 @@ def prepare(config: Config) -> Prepared:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"adapters  rank {config.lora_r} on {len(adapted)} layers: {trained:,} parameters to train")
 
+    require_unused(folder)  # again: loading takes a while, and another run may have come first
     folder.mkdir(parents=True, exist_ok=True)
+    log = MetricsLog(folder)
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
     write_atomically(folder / "environment.json", as_json(environment(device, dtype)))
-    return Prepared(model, train, held_out, folder)
+    return Prepared(model, train, held_out, folder, log)
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -249,7 +269,7 @@ def evaluate(model: CausalLM, examples: list[Example], batch_size: int) -> float
     """Return the mean loss per supervised token of examples that are not trained on."""
     model.eval()
     total, supervised = 0.0, 0
-    for start in tqdm(range(0, len(examples), batch_size), desc="evaluating", leave=False):
+    for start in tqdm(range(0, len(examples), batch_size), desc="evaluating", leave=False, disable=None):
         batch = collate(examples[start : start + batch_size])
         hidden = model.model(batch.input_ids.to(model.device), batch.lengths)
         total += supervised_loss(hidden, batch.targets.to(model.device), model.lm_head.weight).item()
@@ -260,7 +280,7 @@ def evaluate(model: CausalLM, examples: list[Example], batch_size: int) -> float
 
 def train(config: Config, prepared: Prepared) -> None:
     """Run the training loop and write the adapter."""
-    model, folder = prepared.model, prepared.folder
+    model, folder, log = prepared.model, prepared.folder, prepared.log
     device = model.device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = PagedAdamW(
@@ -275,7 +295,6 @@ def train(config: Config, prepared: Prepared) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: rate_factor(config, total_steps, step)
     )
-    log = MetricsLog(folder)
     num_tokens = supervised_tokens = 0
     began = window_began = time.perf_counter()
     window_tokens = 0
@@ -288,56 +307,55 @@ def train(config: Config, prepared: Prepared) -> None:
 
     log_evaluation(step=0)
     model.train()
-    bar = tqdm(total=total_steps, desc="training", unit="step")
     steps = itertools.islice(micro_batches(prepared.train, config), total_steps)
-    for step, (epoch, batches) in enumerate(steps, start=1):
-        supervised = sum(batch.supervised for batch in batches)
-        loss = 0.0
-        for batch in batches:
-            hidden = model.model(batch.input_ids.to(device), batch.lengths)
-            summed = supervised_loss(hidden, batch.targets.to(device), model.lm_head.weight)
-            # Divided by the answers' tokens of the whole step, so that every one of them weighs the same.
-            (summed / supervised).backward()
-            loss += summed.item() / supervised
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
-        if not math.isfinite(loss + grad_norm):
-            raise FloatingPointError(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning_rate"
-            )
-        learning_rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+    with tqdm(total=total_steps, desc="training", unit="step") as bar:
+        for step, (epoch, batches) in enumerate(steps, start=1):
+            supervised = sum(batch.supervised for batch in batches)
+            loss = 0.0
+            for batch in batches:
+                hidden = model.model(batch.input_ids.to(device), batch.lengths)
+                summed = supervised_loss(hidden, batch.targets.to(device), model.lm_head.weight)
+                # Divided by the answers' tokens of the whole step, so that every one of them weighs the same.
+                (summed / supervised).backward()
+                loss += summed.item() / supervised
+            grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
+            if not math.isfinite(loss + grad_norm):
+                raise FloatingPointError(
+                    f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning_rate"
+                )
+            learning_rate = scheduler.get_last_lr()[0]
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
 
-        num_tokens += sum(sum(batch.lengths) for batch in batches)
-        window_tokens += sum(sum(batch.lengths) for batch in batches)
-        supervised_tokens += supervised
-        bar.update()
-        if step % config.logging_steps == 0 or step == total_steps:
-            now = time.perf_counter()
-            row = {
-                "step": step,
-                "epoch": round(epoch, 4),
-                "loss": loss,
-                "grad_norm": grad_norm,
-                "learning_rate": learning_rate,
-                "tokens_per_second": window_tokens / (now - window_began),
-                "num_tokens": num_tokens,
-                "supervised_tokens": supervised_tokens,
-                "peak_memory_gib": peak_memory_gib(device),
-                "paged_bytes": optimizer.paged_bytes,
-                "eta_seconds": (now - began) / step * (total_steps - step),
-            }
-            log.write(row)
-            window_began, window_tokens = now, 0
-            bar.set_postfix_str(
-                f"loss {loss:.3f}, {row['tokens_per_second']:.0f} tokens/s, "
-                f"peak {row['peak_memory_gib']:.2f} GiB"
-            )
-        if config.eval_steps and step % config.eval_steps == 0 and step < total_steps:
-            log_evaluation(step)
-            window_began = time.perf_counter()
-    bar.close()
+            num_tokens += sum(sum(batch.lengths) for batch in batches)
+            window_tokens += sum(sum(batch.lengths) for batch in batches)
+            supervised_tokens += supervised
+            bar.update()
+            if step % config.logging_steps == 0 or step == total_steps:
+                now = time.perf_counter()
+                row = {
+                    "step": step,
+                    "epoch": round(epoch, 4),
+                    "loss": loss,
+                    "grad_norm": grad_norm,
+                    "learning_rate": learning_rate,
+                    "tokens_per_second": window_tokens / (now - window_began),
+                    "num_tokens": num_tokens,
+                    "supervised_tokens": supervised_tokens,
+                    "peak_memory_gib": peak_memory_gib(device),
+                    "paged_bytes": optimizer.paged_bytes,
+                    "eta_seconds": (now - began) / step * (total_steps - step),
+                }
+                log.write(row)
+                window_began, window_tokens = now, 0
+                bar.set_postfix_str(
+                    f"loss {loss:.3f}, {row['tokens_per_second']:.0f} tokens/s, "
+                    f"peak {row['peak_memory_gib']:.2f} GiB"
+                )
+            if config.eval_steps and step % config.eval_steps == 0 and step < total_steps:
+                log_evaluation(step)
+                window_began = time.perf_counter()
     log_evaluation(step=total_steps)
     log.close()
     save_adapter(model, folder, base_model=config.model.name)

@@ -1,0 +1,823 @@
+"""finetune.py trains what it says, the same every time, without a network; a mistake is one clear line."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+import finetune
+from minqlora.data import IGNORE, load_dataset
+from minqlora.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+ROWS: dict[str, list[dict[str, Any]]] = {
+    "prompt and completion": [
+        {"prompt": f"Spell {word}.", "completion": "-".join(word) * (1 + i % 3)}
+        for i, word in enumerate(NUMBERS)
+    ],
+    "question and answer": [
+        {
+            "question": f"Tom has {i} apples, eats {i // 2}.",
+            "answer": f"He has <<{i}-{i // 2}>>\n#### {i - i // 2}",
+        }
+        for i in range(12)
+    ],
+    "alpaca": [
+        {"instruction": "Reverse.", "input": word if i % 2 else "", "output": word[::-1]}
+        for i, word in enumerate(NUMBERS)
+    ],
+    "messages": [
+        {
+            "messages": [
+                {"role": "system", "content": "Count."},
+                {"role": "user", "content": before},
+                {"role": "assistant", "content": word},
+                {"role": "user", "content": word},
+                {"role": "assistant", "content": after},
+            ]
+        }
+        for before, word, after in zip(NUMBERS, NUMBERS[1:], NUMBERS[2:], strict=False)
+    ],
+}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Path]]:
+    """A function that trains the tiny model as the command line would and returns the run's folder.
+
+    It works in an empty folder, on a dozen rows (`rows.jsonl`); flags of the call win over these.
+    """
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", ROWS["prompt and completion"])
+
+    def train(name: str = "run", **flags: Any) -> Path:
+        given = dict(model=tiny_model, dataset="rows.jsonl", output_dir=name, dtype="float32", lora_r=4)
+        given |= dict(learning_rate=0.01, gradient_accumulation_steps=4, max_steps=3)
+        given |= flags
+        argv = [
+            text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))
+        ]
+        monkeypatch.setattr(sys, "argv", ["finetune.py", *argv])
+        finetune.main()
+        return tmp_path / name
+
+    capsys.readouterr()  # what the fixtures printed
+    yield train
+    for bar in list(
+        getattr(tqdm, "_instances", ())
+    ):  # a run cut short leaves its bar, and the next moves down
+        bar.close()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+# -- a run -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_the_loss_falls_on_rows_of_every_format(
+    run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", ROWS[kind])
+    sizes = dict(per_device_train_batch_size=6, gradient_accumulation_steps=1)
+    folder = run(**sizes, max_steps=15, eval_dataset="rows.jsonl")
+    evaluations = [row for row in metrics(folder) if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 15]
+    assert evaluations[1]["eval_loss"] < 0.7 * evaluations[0]["eval_loss"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "completed",
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+    ]
+    out = capsys.readouterr().out
+    assert f"{len(ROWS[kind])} of {len(ROWS[kind])} rows used (0 cut to length, 0 dropped)" in out
+    assert "float32 on cpu (as asked)" in out and "saved     run" in out
+
+
+def test_every_row_of_the_metrics_has_the_documented_keys(run: Callable[..., Path]) -> None:
+    rows = metrics(run(val_size=4, eval_steps=2, max_steps=5))
+    training = "step epoch loss grad_norm learning_rate tokens_per_second num_tokens supervised_tokens"
+    training += " peak_memory_gib paged_bytes eta_seconds"
+    evaluation = "step eval_loss eval_perplexity"
+    kinds = [" ".join(row) for row in rows]
+    assert kinds[0] == evaluation  # before the first step
+    assert kinds.count(training) == 5 and kinds.count(evaluation) == 4 and len(kinds) == 9
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4, 5, 5]
+    assert all(
+        isinstance(value, int | float) and math.isfinite(value) for row in rows for value in row.values()
+    )
+    steps = [row for row in rows if "loss" in row]
+    assert [row["eta_seconds"] > 0 for row in steps] == [True] * 4 + [False]
+    assert all(row["tokens_per_second"] > 0 and 0.05 < row["peak_memory_gib"] < 100 for row in steps)
+    assert all(math.isclose(math.exp(r["eval_loss"]), r["eval_perplexity"]) for r in rows if "eval_loss" in r)
+
+
+def test_an_epoch_counts_every_token_once(run: Callable[..., Path], tmp_path: Path, tiny_model: Path) -> None:
+    _, report = load_dataset([tmp_path / "rows.jsonl"], Tokenizer(tiny_model), 1024)
+    flags = dict(max_steps=None, gradient_accumulation_steps=5, per_device_train_batch_size=1)
+    rows = metrics(run(**flags, num_train_epochs=2))
+    assert [row["epoch"] for row in rows] == [0.4167, 0.8333, 1.0, 1.4167, 1.8333, 2.0]
+    assert rows[2]["num_tokens"] == report.tokens and rows[-1]["num_tokens"] == 2 * report.tokens
+    assert rows[-1]["supervised_tokens"] == 2 * report.supervised
+    assert len(metrics(run("half", **flags, num_train_epochs=0.5))) == 2  # of three steps, rounded up
+
+
+def test_every_epoch_visits_every_example_in_another_order(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", ROWS["alpaca"])
+    examples, _ = load_dataset([path], Tokenizer(tiny_model), 1024)
+    config = finetune.Config(tiny_model, [path], per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    steps = finetune.micro_batches(examples, config)
+    epochs = []
+    for _ in range(2):
+        (middle, first), (end, second) = next(steps), next(steps)
+        assert (middle % 1, end % 1) == (0.5, 0.0)
+        batches = [*first, *second]
+        assert [len(batch.lengths) for batch in batches] == [2] * 6
+        ids = [part.tolist() for batch in batches for part in batch.input_ids[0].split(batch.lengths)]
+        assert sorted(ids) == sorted(example.input_ids for example in examples)
+        epochs.append(ids)
+    assert epochs[0] != epochs[1]
+
+
+def loss_in_transformers(model_folder: Path, rows: Path) -> float:
+    """The oracle: the mean loss of all answers' tokens, each example alone, all logits at once."""
+    from transformers import LlamaForCausalLM
+
+    theirs = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    examples, report = load_dataset([rows], Tokenizer(model_folder), 1024)
+    total = 0.0
+    for example in examples:
+        with torch.no_grad():
+            logits = theirs(torch.tensor([example.input_ids])).logits[0, :-1]
+        labels = torch.tensor(example.labels[1:])
+        total += F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum").item()
+    return total / report.supervised
+
+
+def test_the_loss_is_the_mean_over_answer_tokens_whatever_the_micro_batches(
+    run: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    expected = loss_in_transformers(tiny_model, tmp_path / "rows.jsonl")
+    for size, count in [(1, 12), (5, 3), (12, 1)]:
+        flags = dict(
+            per_device_train_batch_size=size, gradient_accumulation_steps=count, max_steps=1, bits=16
+        )
+        first, step, _ = metrics(run(f"run-{size}", **flags, eval_dataset="rows.jsonl"))
+        # The adapters begin at zero: before the first step the model is the base.
+        assert math.isclose(first["eval_loss"], expected, rel_tol=1e-5)
+        assert math.isclose(step["loss"], expected, rel_tol=1e-5)
+
+
+def test_four_micro_batches_of_one_equal_one_of_four(run: Callable[..., Path]) -> None:
+    one = adapter(
+        run("one", per_device_train_batch_size=1, gradient_accumulation_steps=4, learning_rate=1e-3)
+    )
+    four = adapter(
+        run("four", per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-3)
+    )
+    assert one.keys() == four.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], four[name], rtol=0, atol=1e-5)
+    assert any((tensor != 0).any() for name, tensor in one.items() if "lora_B" in name)
+
+
+def test_gradient_checkpointing_trains_the_same_adapter(run: Callable[..., Path]) -> None:
+    flags = dict(lora_dropout=0.1)
+    with_it = run("with", **flags, gradient_checkpointing="true")
+    assert adapter_bytes(with_it) == adapter_bytes(run("without", **flags, gradient_checkpointing="false"))
+
+
+def test_the_gradient_is_clipped_to_the_norm_asked_for(run: Callable[..., Path]) -> None:
+    # One step of AdamW moves by the sign of the gradient alone, so look at the second moment's effect: the
+    # norm logged is the one before clipping, and is the same.
+    norms = [
+        metrics(run(f"run-{norm}", max_steps=1, max_grad_norm=norm))[0]["grad_norm"] for norm in (0, 0.3, 100)
+    ]
+    assert norms[0] == norms[1] == norms[2] > 0.3
+
+
+# -- the same again ----------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_makes_the_same_adapter_to_the_byte(run: Callable[..., Path]) -> None:
+    flags = dict(lora_dropout=0.1, val_size=3, per_device_train_batch_size=2)
+    one = run("one", **flags)
+    # Whatever was drawn in between: the seed is set, not continued.
+    torch.rand(17)
+    two = run("two", **flags)
+    assert adapter_bytes(one) == adapter_bytes(two)
+    forgetful = ("tokens_per_second", "eta_seconds", "peak_memory_gib")
+    rows = [[{k: v for k, v in row.items() if k not in forgetful} for row in metrics(f)] for f in (one, two)]
+    assert rows[0] == rows[1]
+    assert adapter_bytes(run("other", **flags, seed=1)) != adapter_bytes(one)
+
+
+def test_evaluation_does_not_change_what_is_trained(run: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "heldout.jsonl")
+    plain = run("plain", lora_dropout=0.1)
+    watched = run("watched", lora_dropout=0.1, eval_dataset="heldout.jsonl", eval_steps=1)
+    assert adapter_bytes(plain) == adapter_bytes(watched)
+
+
+def test_a_runs_config_reproduces_it(run: Callable[..., Path], tiny_model: Path) -> None:
+    one = run("one", val_size=0.25, lora_target_modules="q_proj", warmup_steps=1, lr_scheduler_type="cosine")
+    config = yaml.safe_load((one / "config.yaml").read_text())
+    assert list(config) == [field.name for field in fields(finetune.Config)]
+    assert config["learning_rate"] == 0.01 and config["output_dir"] == "one"
+    unset = dict.fromkeys(["model", "dataset", "dtype", "lora_r", "learning_rate", "max_steps"])
+    two = run("two", **unset, gradient_accumulation_steps=None, config=one / "config.yaml")
+    assert adapter_bytes(one) == adapter_bytes(two)
+    again = yaml.safe_load((two / "config.yaml").read_text())
+    assert again == config | {"output_dir": "two"}
+
+
+def test_runs_without_a_folder_are_numbered_after_the_model(run: Callable[..., Path], tmp_path: Path) -> None:
+    for _ in range(2):
+        run(output_dir=None, max_steps=1)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["tiny-1", "tiny-2"]
+
+
+def test_of_two_runs_at_once_only_one_gets_a_folder(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = finetune.load_model
+
+    def load_while_another_starts(*args: Any, **kwargs: Any) -> Any:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").write_text("theirs")
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(finetune, "load_model", load_while_another_starts)
+    with pytest.raises(SystemExit):
+        run()
+    assert (tmp_path / "run" / "config.yaml").read_text() == "theirs"
+
+
+# -- schedules ---------------------------------------------------------------------------------------------
+
+
+def rates(schedule: str, warmup: int, steps: int) -> list[float]:
+    config = finetune.Config(Path("m"), [Path("d")], lr_scheduler_type=schedule, warmup_steps=warmup)  # type: ignore[arg-type]
+    return [finetune.rate_factor(config, steps, step) for step in range(steps)]
+
+
+def test_the_learning_rate_rises_to_its_peak_and_follows_its_schedule() -> None:
+    assert rates("constant", 0, 3) == [1.0, 1.0, 1.0]
+    assert rates("constant", 3, 5) == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates("linear", 0, 4) == [1.0, 0.75, 0.5, 0.25]
+    assert rates("linear", 1, 5) == [0.5, 1.0, 0.75, 0.5, 0.25]
+    assert rates("cosine", 0, 4) == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    assert rates("cosine", 2, 6)[2:] == pytest.approx(rates("cosine", 0, 4))
+    assert rates("cosine", 9, 3) == pytest.approx([0.1, 0.2, 0.3])  # shorter than its warmup
+
+
+def test_the_schedule_is_what_the_optimizer_gets(run: Callable[..., Path]) -> None:
+    rows = metrics(run(learning_rate=0.01, warmup_steps=1, lr_scheduler_type="linear", max_steps=5))
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0.005, 0.01, 0.0075, 0.005, 0.0025])
+
+
+# -- what is printed ---------------------------------------------------------------------------------------
+
+
+def test_the_demos_bits_per_parameter_are_printed_at_load(
+    demo_model: Path, docstrings: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = finetune.Config(
+        demo_model, [docstrings[1]], output_dir=tmp_path / "run", lora_r=1, dtype="float32"
+    )
+    capsys.readouterr()
+    prepared = finetune.prepare(config)
+    out = capsys.readouterr().out
+    # All but embeddings and norms: 210 matrices. 106,168,320 * 4.127 / 8 bytes = 54.8 MB.
+    assert "106,168,320 of 134,515,008 parameters in NF4, 4.127 bits each (54.8 MB)" in out
+    assert "rank 1 on 210 layers" in out
+    assert len(prepared.train) > 300 and prepared.held_out == []
+
+
+def test_the_result_of_training_lies_on_the_linears_of_the_blocks_alone(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run()
+    assert "rank 4 on 14 layers: " in capsys.readouterr().out
+    assert len(adapter(folder)) == 28 and not any("lm_head" in name for name in adapter(folder))
+    numbers = sum(tensor.numel() for tensor in adapter(folder).values())
+    run("again")
+    assert f"{numbers:,} parameters to train" in capsys.readouterr().out
+
+
+def test_the_environment_is_written_down(run: Callable[..., Path]) -> None:
+    environment = json.loads((run() / "environment.json").read_text())
+    assert environment["compute_dtype"] == "float32" and environment["device"] == "cpu"
+    assert environment["versions"]["torch"] == torch.__version__
+
+
+# -- the real command, no network --------------------------------------------------------------------------
+
+BLOCKED = """
+import sys
+
+def refuse(event, arguments):
+    if event.startswith("socket."):
+        raise PermissionError(f"{event} {arguments}: there is no network here")
+
+sys.addaudithook(refuse)
+sys.path.insert(0, "scripts")
+import finetune
+
+finetune.main()
+import socket
+
+for attempt in (socket.socket, lambda: socket.getaddrinfo("localhost", 80)):
+    try:
+        attempt()
+    except PermissionError:
+        print("blocked")
+"""
+
+
+def test_ten_steps_need_no_network(tiny_model: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS["question and answer"])
+    command = [sys.executable, "-c", BLOCKED, "--model", str(tiny_model), "--dataset", str(rows)]
+    command += [
+        "--max_steps",
+        "10",
+        "--gradient_accumulation_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "completed").exists() and len(metrics(tmp_path / "run")) == 10
+    assert done.stdout.endswith("blocked\nblocked\n")  # the block was there until the end
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, [], "WORLD_SIZE is 2, but training runs on one device"),
+        (
+            {},
+            ["--learning_rat", "1"],
+            "--learning_rat: there is no such option; did you mean --learning_rate?",
+        ),
+    ],
+    ids=["world-size", "unknown-flag"],
+)
+def test_the_real_command_refuses_in_one_line_with_code_2(
+    tiny_model: Path, tmp_path: Path, environment: dict[str, str], flags: list[str], message: str
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", ROWS["alpaca"])
+    command = [sys.executable, str(ROOT / "scripts/finetune.py"), "--model", str(tiny_model)]
+    done = subprocess.run(
+        [*command, "--dataset", str(rows), *flags],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl"]
+
+
+@pytest.mark.slow  # half a minute
+def test_the_demos_training_stays_below_a_gigabyte_and_a_half(
+    demo_model: Path, docstrings: tuple[Path, Path], tmp_path: Path
+) -> None:
+    command = [sys.executable, "scripts/finetune.py", "--config", "scripts/configs/demo.yaml"]
+    command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--max_eval_samples", "16"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    peak = max(row["peak_memory_gib"] for row in metrics(tmp_path / "run") if "loss" in row)
+    assert 0.3 < peak * 2**30 / 1e9 <= 1.5
+
+
+# -- what goes wrong on the way ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that is no number from the second step on."""
+    loss, calls = finetune.supervised_loss, []
+
+    def break_later(*args: Tensor) -> Tensor:
+        calls.append(1)
+        return loss(*args) * (math.nan if len(calls) > 6 else 1)
+
+    monkeypatch.setattr(finetune, "supervised_loss", break_later)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_code_1(
+    run: Callable[..., Path], tmp_path: Path, broken_loss: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 1
+    assert "error: step 2: loss nan" in capsys.readouterr().err
+    assert len(metrics(tmp_path / "run")) == 1
+    held = {path.name for path in (tmp_path / "run").iterdir()}
+    assert not {"completed", "adapter_model.safetensors"} & held
+
+
+def test_the_error_of_a_run_begins_a_line(
+    run: Callable[..., Path], broken_loss: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run()
+    assert "\nerror: step 2" in "\n" + shown(capsys.readouterr().err)
+
+
+def test_an_interrupted_run_leaves_its_adapter_and_is_not_completed(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, calls = finetune.supervised_loss, []
+
+    def interrupt_later(*args: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) > 6:
+            raise KeyboardInterrupt
+        return loss(*args)
+
+    monkeypatch.setattr(finetune, "supervised_loss", interrupt_later)
+    with pytest.raises(SystemExit) as stop:
+        run("cut")
+    assert stop.value.code == 130
+    assert not (tmp_path / "cut" / "completed").exists()
+    monkeypatch.setattr(finetune, "supervised_loss", loss)
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(run("whole", max_steps=1))
+
+
+# -- what is refused: one line that names the place, code 2, nothing left behind ---------------------------
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text()) | changes
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = safetensors.torch.load_file(folder / SINGLE)
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+
+
+def truncate(path: Path, share: float) -> None:
+    os.truncate(path, int(share * path.stat().st_size))
+
+
+def edit_index(folder: Path, **changes: str) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] |= changes
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def add_line(line: str) -> Callable[[Path], None]:
+    """Put a line after the dozen good ones: line 13."""
+
+    def add(folder: Path) -> None:
+        with open("rows.jsonl", "a") as file:
+            file.write(line + "\n")
+
+    return add
+
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+FIRST = "model-00001-of-00004.safetensors"
+# What is done to a copy of the model (`model/`) beside `rows.jsonl`, flags, and what the line must name.
+Case = tuple[Callable[[Path], Any], list[str], list[str]]
+
+MISTAKES: dict[str, Case] = {
+    "no config.json": (
+        lambda m: (m / CONFIG).unlink(),
+        [],
+        ["model/config.json: not found", "holds config.json"],
+    ),
+    "broken config.json": (lambda m: truncate(m / CONFIG, 0.5), [], ["model/config.json: not valid JSON"]),
+    "unsupported model_type": (
+        lambda m: edit_config(m, model_type="mamba"),
+        [],
+        ["model/config.json: model_type 'mamba' is not supported", "supported: 'llama'"],
+    ),
+    "unsupported rotary kind": (
+        lambda m: edit_config(m, rope_parameters={"rope_type": "yarn"}),
+        [],
+        ["model/config.json", "'yarn'", "expected 'default'"],
+    ),
+    "no weights": (lambda m: (m / SINGLE).unlink(), [], ["model: holds neither model.safetensors nor"]),
+    "no tokenizer.json": (lambda m: (m / "tokenizer.json").unlink(), [], ["model/tokenizer.json: not found"]),
+    "broken tokenizer.json": (
+        lambda m: truncate(m / "tokenizer.json", 0.5),
+        [],
+        ["model/tokenizer.json: not a tokenizer"],
+    ),
+    "empty weights": (
+        lambda m: truncate(m / SINGLE, 0),
+        [],
+        ["model/model.safetensors: damaged or cut off (0 "],
+    ),
+    "header cut": (
+        lambda m: os.truncate(m / SINGLE, 7),
+        [],
+        ["model.safetensors: damaged or cut off (7 bytes"],
+    ),
+    "names cut": (
+        lambda m: os.truncate(m / SINGLE, 99),
+        [],
+        ["model.safetensors: damaged or cut off (99 bytes"],
+    ),
+    "half of the weights": (
+        lambda m: truncate(m / SINGLE, 0.5),
+        [],
+        ["model.safetensors: damaged or cut off", "download it again"],
+    ),
+    "last byte cut": (
+        lambda m: os.truncate(m / SINGLE, (m / SINGLE).stat().st_size - 1),
+        [],
+        ["model.safetensors: damaged or cut off", "download it again"],
+    ),
+    "missing tensor": (
+        lambda m: edit_tensors(m, lambda t: t.pop(WEIGHT)),
+        [],
+        ["model: 1 of 21 tensors missing", WEIGHT],
+    ),
+    "tensor of another shape": (
+        lambda m: edit_tensors(m, lambda t: t.update({WEIGHT: torch.ones(3, 5)})),
+        [],
+        ["model/model.safetensors", WEIGHT, "(3, 5)", "config.json asks for (96, 64)"],
+    ),
+    "integer tensor": (
+        lambda m: edit_tensors(m, lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.int8)})),
+        [],
+        ["model/model.safetensors", WEIGHT, "int8", "expected float32, float16 or bfloat16"],
+    ),
+    "NaN in a weight": (
+        lambda m: edit_tensors(m, lambda t: t[WEIGHT].__setitem__((2, 3), math.nan)),
+        [],
+        ["model/model.safetensors", WEIGHT, "nan", "(2, 3)"],
+    ),
+    "no such dataset": (lambda m: None, ["--dataset", "nowhere.jsonl"], ["nowhere.jsonl: no such file"]),
+    "broken line": (add_line('{"prompt": "Q", '), [], ["rows.jsonl: line 13: not valid JSON"]),
+    "answer missing": (add_line('{"prompt": "Q"}'), [], ["rows.jsonl: line 13", "'completion' is missing"]),
+    "answer null": (
+        add_line('{"prompt": "Q", "completion": null}'),
+        [],
+        ["rows.jsonl: line 13", "'completion' must be text, got null"],
+    ),
+    "answer no text": (
+        add_line('{"question": "Q", "answer": 42}'),
+        [],
+        ["rows.jsonl: line 13", "'answer' must be text, got int"],
+    ),
+    "unknown keys": (
+        add_line('{"text": "Q"}'),
+        [],
+        ["rows.jsonl: line 13", "['text']", "expected messages, or"],
+    ),
+    "held-out answer missing": (
+        lambda m: Path("heldout.jsonl").write_text('{"prompt": "Q"}'),
+        ["--eval_dataset", "heldout.jsonl"],
+        ["heldout.jsonl: line 1", "'completion' is missing"],
+    ),
+    "nothing fits": (lambda m: None, ["--max_seq_length", "3"], ["rows.jsonl: no row left", "12 dropped"]),
+    "all held out": (lambda m: None, ["--val_size", "12"], ["val_size 12 holds out 12 of 12"]),
+    "unknown flag": (lambda m: None, ["--lora-rank", "4"], ["--lora_rank", "did you mean --lora_r"]),
+    "rank zero": (lambda m: None, ["--lora_r", "0"], ["--lora_r must be at least 1, got 0"]),
+    "no layer of that name": (
+        lambda m: None,
+        ["--lora_target_modules", "q_proj", "c_attn"],
+        ["'c_attn' matches no linear layer", "q_proj"],
+    ),
+    "dropout of one": (lambda m: None, ["--lora_dropout", "1"], ["dropout must be in [0, 1)"]),
+    "two kinds of evaluation": (
+        lambda m: None,
+        ["--eval_dataset", "rows.jsonl", "--val_size", "2"],
+        ["--eval_dataset and --val_size", "give one"],
+    ),
+    "no such device": (lambda m: None, ["--device", "tpu7"], ["--device tpu7: not available here"]),
+}
+
+SHARD_MISTAKES: dict[str, Case] = {
+    "missing shard": (lambda m: (m / FIRST).unlink(), [], [f"model/{FIRST}: shard not found", INDEX]),
+    "truncated shard": (lambda m: truncate(m / FIRST, 0.9), [], [f"model/{FIRST}: damaged or cut off"]),
+    "shard outside the folder": (
+        lambda m: edit_index(m, **{WEIGHT: "../other.safetensors"}),
+        [],
+        [f"model/{INDEX}", "outside the folder", "other.safetensors"],
+    ),
+    "shard of another tensor": (
+        lambda m: edit_index(m, **{WEIGHT: FIRST}),
+        [],
+        [f"model/{FIRST}: tensor {WEIGHT} not found", INDEX],
+    ),
+    "broken index": (lambda m: truncate(m / INDEX, 0.5), [], [f"model/{INDEX}: not an index of shards"]),
+}
+
+
+@pytest.fixture(scope="module")
+def sharded_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaForCausalLM
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("sharded") / "model")
+    (folder / SINGLE).unlink()
+    LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(
+        folder, max_shard_size="60KB"
+    )
+    assert (folder / FIRST).is_file()
+    return folder
+
+
+def shown(stderr: str) -> str:
+    """What a terminal shows in the end: a carriage return begins the line again."""
+    return "\n".join(line.rpartition("\r")[2] for line in stderr.split("\n"))
+
+
+def assert_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], names: list[str]
+) -> str:
+    """The run must end with code 2 after one line that names all of these, and leave all files as they were.
+
+    Returns stderr as it is.
+    """
+
+    def files() -> dict[str, bytes | None]:
+        return {str(path): path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+    before = files()
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *flags])
+    capsys.readouterr()  # what came before
+    with pytest.raises(SystemExit) as stop:
+        finetune.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    line = shown(error)
+    assert line.startswith("error: ") and line.count("\n") == 1
+    for name in names:
+        assert name in line
+    assert files() == before
+    return error
+
+
+@pytest.mark.parametrize("mistake", [*MISTAKES, *SHARD_MISTAKES])
+def test_a_mistake_is_one_line_that_names_the_place(
+    run: Callable[..., Path],
+    tiny_model: Path,
+    sharded_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mistake: str,
+) -> None:
+    shutil.copytree(sharded_model if mistake in SHARD_MISTAKES else tiny_model, "model")
+    make, flags, names = (MISTAKES | SHARD_MISTAKES)[mistake]
+    make(Path("model"))
+    given = {"--model": "model", "--dataset": "rows.jsonl", "--dtype": "float32"}
+    argv = [text for flag, value in given.items() if flag not in flags for text in (flag, value)]
+    assert_refused(monkeypatch, capsys, argv + flags, names)
+
+
+@pytest.fixture
+def refused(
+    run: Callable[..., Path],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., str]:
+    """A function that calls the script with these flags added to good ones; see assert_refused."""
+    good = {"--model": str(tiny_model), "--dataset": "rows.jsonl", "--dtype": "float32", "--max_steps": "1"}
+
+    def call(flags: list[str], *names: str) -> str:
+        argv = [text for flag, value in good.items() if flag not in flags for text in (flag, value)]
+        return assert_refused(monkeypatch, capsys, argv + flags, list(names))
+
+    return call
+
+
+def test_a_model_folder_that_is_not_there_is_called_that(refused: Callable[..., str]) -> None:
+    refused(["--model", "nowhere"], "no such model folder: nowhere")
+
+
+def test_a_model_folder_that_is_not_there_is_named(refused: Callable[..., str]) -> None:
+    refused(["--model", "nowhere"], "nowhere")
+
+
+def test_in_a_log_file_too_the_error_stands_alone(refused: Callable[..., str], tiny_model: Path) -> None:
+    shutil.copytree(tiny_model, "model")
+    edit_tensors(Path("model"), lambda t: t[WEIGHT].__setitem__((2, 3), math.nan))
+    assert refused(["--model", "model"], WEIGHT).startswith("error: ")
+
+
+@pytest.mark.parametrize("size", ["2", "16"])
+def test_more_than_one_process_is_refused(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    refused([], f"WORLD_SIZE is {size}", "start it without torchrun")
+
+
+def test_one_process_under_torchrun_is_fine(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert (run(max_steps=1) / "completed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({"config.yaml": "model: x"}, "holds another run"),
+        ({"notes.txt": "mine"}, "holds other files (notes.txt"),
+    ],
+)
+def test_a_folder_that_is_used_is_refused_and_left_alone(
+    refused: Callable[..., str], content: dict[str, str], what: str
+) -> None:
+    Path("mine").mkdir()
+    for name, text in content.items():
+        (Path("mine") / name).write_text(text)
+    refused(["--output_dir", "mine"], f"mine: {what}", "choose another --output_dir")
+
+
+def test_a_finished_run_is_not_trained_over(run: Callable[..., Path], refused: Callable[..., str]) -> None:
+    run("mine", max_steps=1)
+    refused(["--output_dir", "mine"], "mine: holds another run")
+
+
+def test_a_file_in_place_of_the_run_folder_is_refused(refused: Callable[..., str]) -> None:
+    refused(["--output_dir", "rows.jsonl"], "rows.jsonl: is a file; choose another --output_dir")
+
+
+def test_what_must_be_given_is_named(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert_refused(monkeypatch, capsys, [], ["--model", "--dataset", "required"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--adam_beta2", "1"], ["--adam_beta2", "-1"], ["--lora_target_modules", "lm_head"]],
+    ids=" ".join,
+)
+def test_an_option_that_cannot_train_is_refused_before_anything_is_written(
+    refused: Callable[..., str], flags: list[str]
+) -> None:
+    refused(flags, flags[0].removeprefix("--lora_target_modules"))
+
+
+@pytest.mark.parametrize("flags", [["--block_size", "63"], ["--seed", str(10**15)]], ids=" ".join)
+def test_a_value_out_of_range_is_refused_by_option(refused: Callable[..., str], flags: list[str]) -> None:
+    refused(flags, flags[0])
+
+
+def test_a_world_size_that_is_no_number_is_named(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    refused([], "WORLD_SIZE")
+
+
+def test_a_tokenizer_of_more_words_than_the_model_has_is_refused(
+    refused: Callable[..., str], tiny_model: Path
+) -> None:
+    shutil.copytree(tiny_model, "model")
+    path = Path("model/tokenizer.json")
+    content = json.loads(path.read_text())
+    word = dict(id=267, content="Spell", special=False, normalized=False)
+    content["added_tokens"].append(word | dict(single_word=False, lstrip=False, rstrip=False))
+    path.write_text(json.dumps(content))
+    refused(["--model", "model"], "267")

@@ -1,0 +1,123 @@
+"""The chunked loss is torch's cross entropy at the supervised positions, and so is its gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minqlora import loss
+from minqlora.data import IGNORE
+from minqlora.loss import supervised_loss
+
+D, VOCAB = 24, 37
+
+
+def problem(supervised: int = 10) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (2, 11, D), targets with so many supervised in no order, and a head."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 11, D, generator=generator)
+    targets = torch.randint(VOCAB, (2, 11), generator=generator)
+    targets.view(-1)[torch.randperm(22, generator=generator)[supervised:]] = IGNORE
+    return hidden, targets, torch.randn(VOCAB, D, generator=generator)
+
+
+def loss_and_gradient(hidden: Tensor, targets: Tensor, head: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    hidden = hidden.clone().requires_grad_()
+    total = supervised_loss(hidden, targets, head)
+    (gradient,) = torch.autograd.grad(scale * total, hidden)
+    return total.detach(), gradient
+
+
+def dense(hidden: Tensor, targets: Tensor, head: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The oracle: all logits at once, in float32."""
+    hidden = hidden.float().requires_grad_()
+    logits = (hidden @ head.float().T).flatten(0, 1)
+    total = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    (gradient,) = torch.autograd.grad(scale * total, hidden)
+    return total.detach(), gradient
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 256])
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradient_are_those_of_cross_entropy_whatever_the_chunk(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, head_dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    hidden, targets, head = problem()
+    arguments = hidden, targets, head.to(head_dtype), 0.7
+    for ours, theirs in zip(loss_and_gradient(*arguments), dense(*arguments), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
+def test_in_bfloat16_the_softmax_is_still_float32(head_dtype: torch.dtype) -> None:
+    hidden, targets, head = problem()
+    arguments = hidden.bfloat16(), targets, head.to(head_dtype), 1.0
+    (ours, gradient), (theirs, expected) = loss_and_gradient(*arguments), dense(*arguments)
+    assert ours.dtype == torch.float32 and gradient.dtype == torch.bfloat16
+    # Logits of about 5 carry 8 bits: 2 ** -8 of error each, and some of it cancels over the positions.
+    torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=0)
+    torch.testing.assert_close(gradient.float(), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+def test_without_a_supervised_position_the_loss_is_zero_and_so_is_the_gradient() -> None:
+    hidden, targets, head = problem(supervised=0)
+    total, gradient = loss_and_gradient(hidden, targets, head, 1.0)
+    assert total == 0 and total.dtype == torch.float32 and gradient.shape == hidden.shape
+    assert (gradient == 0).all()
+
+
+def test_positions_without_a_target_get_no_gradient() -> None:
+    hidden, targets, head = problem()
+    _, gradient = loss_and_gradient(hidden, targets, head, 1.0)
+    assert (gradient[targets == IGNORE] == 0).all()
+    assert (gradient[targets != IGNORE] != 0).any(dim=1).all()
+
+
+def test_a_logit_of_a_thousand_does_not_overflow() -> None:
+    hidden, targets, head = problem()
+    arguments = 1000 * hidden, targets, head, 1.0
+    for ours, theirs in zip(loss_and_gradient(*arguments), dense(*arguments), strict=True):
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-2)
+
+
+def test_no_more_than_a_chunk_of_logits_exists_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    product = loss.cast_linear
+
+    def watched(x: Tensor, weight: Tensor) -> Tensor:
+        rows.append(len(x))
+        return product(x, weight)
+
+    monkeypatch.setattr(loss, "CHUNK", 4)
+    monkeypatch.setattr(loss, "cast_linear", watched)
+    loss_and_gradient(*problem(), 1.0)
+    assert rows == [4, 4, 2]
+
+
+def test_for_backward_only_a_gradient_as_large_as_the_answers_hidden_states_is_kept() -> None:
+    saved: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    hidden, targets, head = problem()
+    hidden.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        supervised_loss(hidden, targets, head)
+    floats = [tuple(tensor.shape) for tensor in saved if tensor.is_floating_point()]
+    assert floats == [(10, D)]
+
+
+def test_without_gradient_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Tensor) -> Tensor:
+        raise AssertionError("a gradient was made")
+
+    monkeypatch.setattr(loss, "cast_linear_backward", refuse)
+    hidden, targets, head = problem()
+    with torch.no_grad():
+        total = supervised_loss(hidden.requires_grad_(), targets, head)
+    torch.testing.assert_close(total, dense(hidden.detach(), targets, head, 1.0)[0])
