@@ -15,7 +15,7 @@ Four weights, worked by hand::
     decoded             0.2892  -0.0364   0.0984  -0.4000     level * absmax
 
 The scales are numbers too, one for every 64 weights, and Chapter 3 stores each of those in 8 bits with a
-second codebook: the *dynamic map*, 256 levels that keep the same relative precision over seven powers of ten.
+second codebook: the *dynamic map*, 256 levels over seven powers of ten, finest for the largest numbers.
 
 Shapes and dtypes: every codebook here is a 1-D float32 tensor in ascending order; `nf4()` has 16 entries,
 `dynamic_map()` 256. Cost: 64 and 1,024 bytes, once for a whole model, however many layers use them.
@@ -123,13 +123,14 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     return shared(torch.from_numpy(levels), device)
 
 
-_SHARED: dict[tuple[bytes, torch.device], Tensor] = {}
+_SHARED: dict[tuple[bytes, torch.device], Tensor] = {}  # by content and device
 
 
 def shared(levels: Tensor, device: torch.device | str) -> Tensor:
     """Return the one codebook on `device` that equals `levels`, so that all layers of a model share one."""
-    key = levels.cpu().numpy().tobytes(), torch.device(device)
-    return _SHARED.setdefault(key, levels.to(device))
+    placed = levels.to(device)
+    key = levels.cpu().numpy().tobytes(), placed.device  # the tensor's own device: "cuda" is "cuda:0"
+    return _SHARED.setdefault(key, placed)
 
 
 def thresholds(levels: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ that *where* adapters stand matters more than their rank: on every linear layer 
 does as well as r = 256.
 
 Shapes and dtypes: lora_A (r, K) and lora_B (N, r), stored in float32 whatever the compute dtype, because
-steps of 2e-4 vanish in bfloat16; both products run in the dtype of X. Cost: r (N + K) parameters and 2 T r (N
-+ K) FLOPs forward, a few percent of the base product; saved for backward are X and X @ lora_A.T, nothing of
-the base.
+steps of 2e-4 vanish in bfloat16; both products run in the dtype of X. Cost: r (N + K) parameters and
+2 T r (N + K) FLOPs forward, a few percent of the base product. Saved for backward: X and X @ lora_A.T, a
+dropout's mask, both matrices cast if X is not float32; nothing of the base.
 
 Differences. The paper and PEFT keep the base layer as a child of the adapter layer; here `LoRALinear` takes
 the layer's place and keeps its weight under the same name, so that a checkpoint's names stay valid. PEFT runs
@@ -120,6 +120,8 @@ def add_lora(
 
 def find_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]:
     """Return the paths of the linear layers that `target_modules` means, by the rules of `add_lora`."""
+    if isinstance(model, nn.Linear):
+        raise ValueError("the model is itself a linear layer; wrap it in a LoRALinear")
     linear_names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     kinds = ", ".join(sorted({name.rpartition(".")[2] for name in linear_names}))
     if not target_modules:

@@ -174,11 +174,16 @@ def _multiply(x: Tensor, n_rows: int, tiles: Tiles) -> Tensor:
 
 
 def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
-    grad_x = grad_y.new_empty(len(grad_y), n_columns)  # (T, K)
+    grad_x = None
     for rows, tile in tiles:
-        beta = 0 if rows.start == 0 else 1  # the first tile overwrites what new_empty left
-        grad_x.addmm_(grad_y[:, rows], tile, beta=beta)  # (T, rows) @ (rows, K) -> (T, K)
-    return grad_x
+        if grad_x is None:
+            grad_x = grad_y[:, rows] @ tile  # (T, rows) @ (rows, K) -> (T, K)
+        elif grad_y.element_size() > 2:
+            grad_x.addmm_(grad_y[:, rows], tile)
+        else:  # summed in float32: rounding the sum to 16 bits at every tile would triple the error
+            grad_x = grad_x.float().add_(grad_y[:, rows] @ tile)
+    assert grad_x is not None and grad_x.shape[1] == n_columns
+    return grad_x.to(grad_y.dtype)
 
 
 # ---- the operators -----------------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ class NF4Tensor(Tensor):
             )
         if block_size < 2 or block_size % 2 or nested_block_size < 1:
             raise ValueError(
-                f"block sizes must be positive and even, got {block_size} and {nested_block_size}"
+                f"block_size must be even and both positive, got {block_size} and {nested_block_size}"
             )
         levels = codebook.nf4(weight.device)
         packed, absmax = quantize.quantize(weight, levels, block_size)

@@ -149,7 +149,7 @@ def prepare(config: Config) -> Prepared:
     """Load model and data as configured and say what was found. Raises ValueError for the user's mistakes."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r}, but training runs on one device so far; "
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but training runs on one device so far; "
             "start it without torchrun"
         )
     folder = config.output_dir or next_run_folder(Path("runs"), config.model.resolve().name)
