@@ -15,6 +15,8 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from chat import reply
 from demo_assets import build_dataset, fetch_model
 from minqlora import load_adapter, load_model
@@ -40,7 +42,7 @@ def main() -> int:
     if code:
         return code
     print_improvement(run)
-    model = load_model(model_folder)
+    model = load_model(model_folder, dtype=torch.float32)  # as demo.yaml trains it
     load_adapter(model, run)
     print_answers(model.eval(), Tokenizer(model_folder), held_out)
     print(f"\nTalk to it:  .venv/bin/python scripts/chat.py --adapter {shown_run}")
@@ -67,8 +69,8 @@ def print_answers(model: CausalLM, tokenizer: Tokenizer, held_out: Path) -> None
     for row in rows:
         messages = [{"role": "user", "content": row["prompt"]}]
         with adapters_disabled(model):
-            base = one_line(reply(model, tokenizer, messages, max_new_tokens=48))
-        tuned = one_line(reply(model, tokenizer, messages, max_new_tokens=48))
+            base = one_line(reply(model, tokenizer, messages, max_new_tokens=32))
+        tuned = one_line(reply(model, tokenizer, messages, max_new_tokens=32))
         print(f"\n{textwrap.indent(row['prompt'], '  | ')}")
         for name, answer in (("base", base), ("tuned", tuned), ("written by people", row["completion"])):
             print(textwrap.fill(answer, 110, initial_indent=f"  {name:>18}: ", subsequent_indent=" " * 22))

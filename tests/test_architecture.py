@@ -89,6 +89,10 @@ def test_the_demo_models_shape_is_read_from_its_folder(demo_model: Path) -> None
         {"rope_theta": 20000.0, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
         {"rope_theta": 20000.0, "rope_parameters": {"rope_type": "default"}},
         {"rope_theta": 20000.0, "rope_scaling": {"type": "default"}},
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+            "rope_scaling": {"rope_type": "default", "rope_theta": 30000.0},
+        },
         {"rope_theta": 20000.0, "rope_scaling": {"rope_type": "default", "rope_theta": 30000.0}},
     ],
     ids=str,

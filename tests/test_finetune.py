@@ -835,8 +835,11 @@ def test_a_folder_that_is_used_is_refused_and_left_alone(
     refused(["--output_dir", "mine"], f"mine: {what}", "choose another --output_dir")
 
 
-def test_a_finished_run_is_not_trained_over(run: Callable[..., Path], refused: Callable[..., str]) -> None:
+def test_a_finished_run_is_not_trained_over(
+    run: Callable[..., Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run("mine", max_steps=1)
+    monkeypatch.setattr(finetune, "load_dataset", None)  # it shows before anything is loaded
     refused(["--output_dir", "mine"], "mine: holds another run")
 
 
