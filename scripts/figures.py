@@ -54,7 +54,9 @@ def draw_levels(path: Path) -> None:
     axes.text(1.2, -0.15, "evenly spaced", color=ORANGE, va="center")
     share = (ndtr(borders[1:] * sigmas) - ndtr(borders[:-1] * sigmas))[1:-1]
     axes.set_title(
-        f"A level for every {share.min():.1%} to {share.max():.1%} of the weights", loc="left", fontsize=11
+        f"Each of the 14 inner levels stands for {share.min():.1%} to {share.max():.1%} of the weights",
+        loc="left",
+        fontsize=11,
     )
     axes.set_xlabel("weight / largest magnitude in its block of 64")
     axes.set_ylim(-0.2, 1.05)
