@@ -57,7 +57,13 @@ class Config:
             )
         if self.model is None and self.adapter is None:
             raise ValueError("give --model, or --adapter with a run of finetune.py")
-        run = run_config(self.adapter) if self.adapter is not None else {}
+        run: dict[str, Any] = {}
+        if self.adapter is not None:
+            try:
+                run = run_config(self.adapter)
+            except ValueError:  # a config.yaml that is not ours matters only if the base is to be found in it
+                if self.model is None:
+                    raise
         if self.model is None:
             if "model" not in run:
                 path = f"{self.adapter}/config.yaml"

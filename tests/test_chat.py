@@ -240,7 +240,6 @@ def test_no_such_model_folder_is_one_line_and_code_2(
     assert str(tmp_path / "nowhere") in error
 
 
-@pytest.mark.xfail(reason="bug: a foreign config.yaml is refused with `give --model`, which was given")
 def test_with_a_model_given_the_adapters_folder_need_not_be_a_run(
     tiny_model: Path, tmp_path: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
