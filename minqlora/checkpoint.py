@@ -23,8 +23,10 @@ Before: model. Next: adapter.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -32,8 +34,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minqlora.architecture import read_architecture
+from minqlora.codebook import shared
 from minqlora.model import CausalLM
-from minqlora.nf4 import SHARED_PARTS, NF4Tensor
+from minqlora.nf4 import SHARED_PARTS, Format, NF4Tensor
 
 # What old exporters left in the files and no model reads.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -51,10 +54,10 @@ def load_model(
 ) -> CausalLM:
     """Load a Hugging Face checkpoint folder, quantizing the linear layers of its blocks as they arrive.
 
-    quant_type: "nf4", or None for no quantization: linear layers are then in the compute dtype. double_quant,
-    block_size: as in `NF4Tensor.from_float`. device: where the model goes; None is the CPU. dtype: the
-    compute dtype; None asks `default_dtype`. progress: called after each tensor with the bytes read so far
-    and in all.
+    quant_type, double_quant, block_size: as in `NF4Tensor.from_float`; a quant_type of None is no
+    quantization, and linear layers are then in the compute dtype. device: where the model goes; None is the
+    CPU. dtype: the compute dtype; None asks `default_dtype`. progress: called after each tensor with the
+    bytes read so far and in all.
 
     Returns the model in eval mode with every parameter frozen. Raises ValueError, naming file and key, for a
     folder that is incomplete, damaged or not understood.
@@ -204,6 +207,122 @@ def _require_same_names(folder: Path, wanted: dict, shards: dict[str, Path], tie
 def _replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, parameter)
+
+
+# ---- 4-bit weights as plain tensors ------------------------------------------------------------------------
+
+SAVED_QUANT_TYPES = ("nf4", "fp4")  # those that bitsandbytes' format has
+_STATE = ".quant_state.bitsandbytes__"
+
+# What the format calls the parts of an NF4Tensor, and their dtypes. Packed codes have the weight's own name.
+_PART_NAMES = {
+    "codebook": "quant_map",
+    "absmax": "absmax",
+    "absmax_codes": "absmax",
+    "nested_absmax": "nested_absmax",
+    "nested_codebook": "nested_quant_map",
+}
+
+
+def flatten_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with every NF4Tensor laid out as plain tensors, in bitsandbytes' format, so that
+    safetensors can write it and bitsandbytes' users can read it.
+
+    `name` becomes `name` (packed, (n / 2, 1) uint8), `name.absmax`, `name.quant_map`, with double
+    quantization `name.nested_absmax` and `name.nested_quant_map`, and
+    `name.quant_state.bitsandbytes__nf4`, which is JSON in uint8: shape, dtype, block sizes, offset. Raises
+    ValueError for what the format has no place for: other levels than NF4 and FP4, and a part of a larger
+    tensor that begins within a nested block.
+    """
+    flat: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        if not isinstance(tensor, NF4Tensor):
+            flat[name] = tensor
+            continue
+        format = tensor.format
+        if format.quant_type not in SAVED_QUANT_TYPES:
+            raise ValueError(f"{name}: {format.quant_type} is for comparison; only nf4 and fp4 can be saved")
+        if format.view != "matrix" or format.nested_first:
+            raise ValueError(f"{name}: save the whole weight, not a view or a part of it")
+        flat[name] = tensor.packed[:, None]
+        for part, suffix in _PART_NAMES.items():
+            if part in tensor.parts:  # a codebook that all tensors share is written once for each
+                shared_by_all = part in SHARED_PARTS
+                flat[f"{name}.{suffix}"] = tensor.parts[part].clone() if shared_by_all else tensor.parts[part]
+        state: dict[str, Any] = {
+            "quant_type": format.quant_type,
+            "blocksize": format.block_size,
+            "dtype": str(tensor.dtype).removeprefix("torch."),
+            "shape": list(format.shape),
+        }
+        if tensor.offset is not None:
+            state |= {"nested_blocksize": format.nested_block_size, "nested_dtype": "float32"}
+            state["nested_offset"] = tensor.offset.item()
+        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        flat[f"{name}{_STATE}{format.quant_type}"] = text
+    return flat
+
+
+def unflatten_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict with NF4Tensors in it, from the plain tensors of `flatten_state_dict` or
+    bitsandbytes.
+
+    Weights decode by the codebooks that stand beside them. Raises ValueError, naming the key, where a part is
+    missing or not what the others ask for.
+    """
+    state_dict = dict(tensors)
+    for key in [key for key in tensors if _STATE in key]:
+        name, _, quant_type = key.partition(_STATE)
+        own = {key: state_dict.pop(key)}
+        for suffix in ("", *(f".{suffix}" for suffix in _PART_NAMES.values())):
+            if name + suffix in state_dict:
+                own[name + suffix] = state_dict.pop(name + suffix)
+        state_dict[name] = _unflatten(name, quant_type, own)
+    return state_dict
+
+
+def _unflatten(name: str, quant_type: str, tensors: Mapping[str, Tensor]) -> NF4Tensor:
+    key = f"{name}{_STATE}{quant_type}"
+    try:
+        state = json.loads(bytes(tensors[key].tolist()))
+        n_rows, n_columns = (int(size) for size in state["shape"])
+        dtype = getattr(torch, state["dtype"])
+        format = Format((n_rows, n_columns), int(state["blocksize"]), quant_type=quant_type)
+        if "nested_blocksize" in state:
+            format = replace(format, nested_block_size=int(state["nested_blocksize"]))
+            offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
+        sound = (
+            dtype.is_floating_point and min(*format.shape, format.block_size, format.nested_block_size) > 0
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{key}: not a quantization state ({type(error).__name__}: {error})") from None
+    if not sound or quant_type not in SAVED_QUANT_TYPES:
+        raise ValueError(f"{key}: not a quantization state ({state})")
+    nested = "nested_blocksize" in state
+    wanted = {  # part: dtype, numbers
+        "packed": (torch.uint8, -(-n_rows * n_columns // 2)),
+        "codebook": (torch.float32, 16),
+    }
+    if nested:
+        wanted |= {"absmax_codes": (torch.uint8, format.n_blocks), "nested_codebook": (torch.float32, 256)}
+        wanted["nested_absmax"] = (torch.float32, format.n_nested_blocks)
+    else:
+        wanted["absmax"] = (torch.float32, format.n_blocks)
+    parts = {}
+    for part, (part_dtype, count) in wanted.items():
+        part_key = name if part == "packed" else f"{name}.{_PART_NAMES[part]}"
+        if part_key not in tensors:
+            raise ValueError(f"{part_key}: missing, but {key} asks for it")
+        tensor = tensors[part_key].flatten()
+        if part == "packed":
+            tensor = tensor.view(torch.uint8)  # the bytes may be stored as numbers of any dtype
+        if tensor.dtype != part_dtype or tensor.numel() != count:
+            found = f"{tensor.numel()} of {tensor.dtype}"
+            raise ValueError(f"{part_key}: expected {count} numbers of {part_dtype}, got {found}")
+        parts[part] = shared(tensor, tensor.device) if part in SHARED_PARTS else tensor
+    if nested:
+        parts["offset"] = offset.to(parts["packed"].device)
+    return NF4Tensor(parts, dtype, format)
 
 
 # ---- writing -----------------------------------------------------------------------------------------------

@@ -14,23 +14,37 @@ Four weights, worked by hand::
     code                  14        6       10        0
     decoded             0.2892  -0.0364   0.0984  -0.4000     level * absmax
 
+What else the 16 levels could be, for comparison, each as close as it comes to 0.275::
+
+    nf4        normal quantiles, an exact zero          0.2461    equal mass: every code is used as often
+    int4       -7/7, -6/7 ... 7/7, evenly spaced        0.2857    as fine at the ends, where few weights are
+    fp4        bitsandbytes' float, 1 + 2 + 1 bits      0.3333    0.0052 and then nothing before 0.1667
+    fp4_e2m1   the OCP standard's float, 1 + 2 + 1      0.25      ends at 6 = 1.5 * 2 ** 2
+    fp4_e3m0   powers of two, 1 + 3 + 0                 0.25      1/64, 1/32 ... 1: nothing between 1/2 and 1
+    quantile   the quantiles of the weight              its own   NormalFloat's origin; one codebook a matrix
+
 The scales are numbers too, one for every 64 weights, and Chapter 3 stores each of those in 8 bits with a
 second codebook: the *dynamic map*, 256 levels over seven powers of ten, finest for the largest numbers.
 
-Shapes and dtypes: every codebook here is a 1-D float32 tensor in ascending order; `nf4()` has 16 entries,
-`dynamic_map()` 256. Cost: 64 and 1,024 bytes, once for a whole model, however many layers use them.
+Shapes and dtypes: every codebook here is a 1-D float32 tensor, and a code is a place in it; `levels("nf4")`
+has 16 entries, `dynamic_map()` 256. They ascend, but for those of floats, which stand in the order of their
+bits (sign, exponent, mantissa). Cost: 64 and 1,024 bytes, once for a whole model, however many layers use
+them.
 
 Differences. The paper describes NF4 by formula; bitsandbytes publishes the resulting constants, and those are
 the standard: a checkpoint is only portable if both sides mean the same 16 floats. So the constants are
 written down, and `normal_float` derives them again so that a test can compare the two bit for bit. The
-paper's dynamic map for scales is bitsandbytes' too.
+paper's dynamic map for scales is bitsandbytes' too, and so is its FP4, which no standard knows. The paper
+averages two neighbouring quantiles for a level; `quantile_levels` takes the one in the middle of each share,
+which treats both ends alike.
 
-Paper: "4-bit NormalFloat Quantization"; the dynamic map: "8-bit Optimizers via Block-wise Quantization",
-"Dynamic Quantization".
+Paper: "4-bit NormalFloat Quantization", "Block-wise k-bit Quantization"; the dynamic map: "8-bit Optimizers
+via Block-wise Quantization", "Dynamic Quantization".
 
-Before: the equation, in `minqlora/__init__.py`. Next: quantize.
+Before: the equation, in `minqlora/__init__.py`. Next: reference.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -95,10 +109,74 @@ def _linspace(start: float, stop: float, points: int) -> np.ndarray:
     return np.where(index < points / 2, from_start, from_stop).astype(np.float32)
 
 
+def floating_point(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
+    """Return the numbers of a small float in the order of their bits, scaled to end at 1, float32 ascending
+    but for the sign.
+
+    A sign, an exponent with bias 2**(exponent_bits - 1) - 1, a mantissa; exponent 0 has no leading one,
+    and no pattern is kept for infinity: the OCP standard's E2M1 is `floating_point(2, 1)`. Zero stands
+    twice, with either sign. Source: OCP Microscaling Formats, "FP4".
+    """
+    exponent, mantissa = np.divmod(np.arange(2 ** (exponent_bits + mantissa_bits)), 2**mantissa_bits)
+    fraction = mantissa / 2**mantissa_bits + (exponent > 0)
+    positive = fraction * 2.0 ** np.maximum(exponent, 1)  # the bias only scales, and so falls out
+    return (np.concatenate([positive, -positive]) / positive.max()).astype(np.float32)
+
+
+def quantile_levels(array: np.ndarray, bits: int = 4, bins: int | None = None) -> np.ndarray:
+    """Return the levels that split an array's own numbers into 2**bits equal shares: quantile quantization.
+
+    Each level is the median of its share, so every code will be used as often: the most that k bits can
+    tell about these numbers. It costs a sort; with `bins` only a histogram of that many bins, and each
+    level is then right to a bin's width. What it costs besides is the outliers: few numbers get few
+    levels, and an outlier may be decoded to half its size or less.
+
+    array: numbers of any shape, finite. Returns float32 (2**bits,), ascending. Raises ValueError for an empty
+    array. Source: the paper, "Block-wise k-bit Quantization" and "4-bit NormalFloat Quantization".
+    """
+    numbers = np.asarray(array, dtype=np.float64).reshape(-1)
+    if not numbers.size:
+        raise ValueError("quantile levels need at least one number")
+    share = (np.arange(2**bits) + 0.5) / 2**bits
+    if bins is None:
+        return np.quantile(numbers, share).astype(np.float32)
+    counts, edges = np.histogram(numbers, bins=bins)
+    below = (
+        np.concatenate([[0], counts.cumsum()]) / numbers.size
+    )  # (bins + 1,): share of numbers under an edge
+    return np.interp(share, below, edges).astype(np.float32)
+
+
+# bitsandbytes' own 4-bit float, in the order of its bits: sign, two of exponent, one of mantissa, its
+# exponents numbered in no standard's order.
+FP4_LEVELS = tuple(sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+
+INT4_LEVELS = tuple(i / 7 for i in range(-7, 8))  # 15 of them: symmetric, with a zero; code 15 stays unused
+
+# What `quant_type` may be: a name, and its levels. "quantile" has none of its own: they are taken from the
+# weight.
+QUANT_TYPES: dict[str, Sequence[float] | np.ndarray | None] = {
+    "nf4": NF4_LEVELS,
+    "fp4": FP4_LEVELS,
+    "int4": INT4_LEVELS,
+    "fp4_e2m1": floating_point(2, 1),
+    "fp4_e3m0": floating_point(3, 0),
+    **{f"nf{bits}": normal_float(bits) for bits in (2, 3, 5, 6, 7, 8)},
+    "quantile": None,
+}
+
+
 @cache
-def nf4(device: torch.device | str = "cpu") -> Tensor:
-    """Return the 16 NF4 levels, float32, on `device`: one shared tensor per device, not to be written to."""
-    return shared(torch.tensor(NF4_LEVELS, dtype=torch.float32), device)
+def levels(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
+    """Return the levels of a quant_type, float32 (2 to 256,), on `device`: one shared tensor per device,
+    not to be written to.
+
+    Raises ValueError for a name that QUANT_TYPES has not, or has no fixed levels for.
+    """
+    if QUANT_TYPES.get(quant_type) is None:
+        known = ", ".join(name for name, fixed in QUANT_TYPES.items() if fixed is not None)
+        raise ValueError(f"quant_type {quant_type!r} has no fixed levels; those that have: {known}")
+    return shared(torch.tensor(np.array(QUANT_TYPES[quant_type], dtype=np.float32)), device)
 
 
 @cache
@@ -137,7 +215,7 @@ def thresholds(levels: Tensor) -> Tensor:
     """Return the borders between neighbouring levels, float32 (len(levels) - 1,): their midpoints, rounded to
     float32.
 
-    A number takes the code that counts the borders *strictly* below it, so a number on a border takes the
-    lower code.
+    levels: ascending. A number takes the code that counts the borders *strictly* below it, so a number on a
+    border takes the lower code.
     """
     return (levels[:-1] + levels[1:]) / 2

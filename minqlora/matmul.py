@@ -31,19 +31,19 @@ Paper: "QLoRA Finetuning", the equation with doubleDequant.
 Before: quantize. Next: nf4.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minqlora.quantize import dequantize, dequantize_scales, pair_table
+from minqlora.quantize import byte_table, codes_per_byte, dequantize, dequantize_scales, scratch
 
-TILE = (
-    2**21
-)  # numbers in a tile of decoded weights: 8 MiB of float32, about what a core's share of cache holds
+# Bytes of decoded weights at a time: about a core's share of the last cache. With what decoding needs
+# besides, the scratch of a thread stays under 16 MiB, whatever the matrix.
+TILE = 2**23
+WINDOW = 2**18  # scales decoded at a time: 1 MiB of float32
 
 Tiles = Iterator[
     tuple[slice, Tensor]
@@ -58,16 +58,33 @@ def nf4_linear(
     shape: tuple[int, int],
     block_size: int,
     nested_block_size: int,
+    nested_first: int = 0,
 ) -> Tensor:
     """Return x @ W.T for a W stored in 4 bits; differentiable in x.
 
     x: (..., K). packed: uint8, codebook: float32 (16,). scales: [absmax], or with double quantization
-    [absmax_codes, nested_absmax, nested_codebook, offset]. shape: (N, K) of W. Returns (..., N) in x's dtype.
+    [absmax_codes, nested_absmax, nested_codebook, offset]. shape: (N, K) of W. nested_first: how many scales
+    of the first nested block come before these (of a part of a larger weight). Returns (..., N) in x's dtype.
     """
-    y = _nf4_forward(
-        x.reshape(-1, x.shape[-1]), packed, scales, codebook, *shape, block_size, nested_block_size
-    )
+    sizes = (*shape, block_size, nested_block_size, nested_first)
+    y = _nf4_forward(x.reshape(-1, x.shape[-1]), packed, scales, codebook, *sizes)
     return y.view(*x.shape[:-1], shape[0])
+
+
+def nf4_linear_backward(
+    grad_y: Tensor,
+    packed: Tensor,
+    scales: list[Tensor],
+    codebook: Tensor,
+    shape: tuple[int, int],
+    block_size: int,
+    nested_block_size: int,
+    nested_first: int = 0,
+) -> Tensor:
+    """Return grad_y @ W, (T, N) -> (T, K): the gradient of `nf4_linear`'s x, whose other arguments these
+    are."""
+    sizes = (*shape, block_size, nested_block_size, nested_first)
+    return _nf4_backward(grad_y, packed, scales, codebook, *sizes)
 
 
 def cast_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -94,11 +111,15 @@ def nf4_dequantize(
     out: Tensor,
     block_size: int,
     nested_block_size: int,
+    nested_first: int = 0,
 ) -> Tensor:
     """Decode a whole weight into `out` (N, K), any floating dtype, and return it."""
-    n, k = out.shape
-    for rows, tile in _nf4_tiles(packed, scales, codebook, n, k, block_size, nested_block_size, out.dtype):
-        out[rows] = tile
+    n_rows, n_columns = out.shape
+    sizes = (n_rows, n_columns, block_size, nested_block_size, nested_first)
+    into = out if out.is_contiguous() else None
+    for rows, tile in _nf4_tiles(packed, scales, codebook, *sizes, out.dtype, into):
+        if into is None:
+            out[rows] = tile
     return out
 
 
@@ -113,50 +134,72 @@ def _nf4_tiles(
     n_columns: int,
     block_size: int,
     nested_block_size: int,
+    nested_first: int,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tiles:
-    # The scales are decoded all at once: they are 64 times fewer than the weights.
-    if len(scales) == 1:
-        (absmax,) = scales
-    else:
-        absmax_codes, nested_absmax, nested_codebook, offset = scales
-        absmax = dequantize_scales(absmax_codes, nested_absmax, nested_codebook, offset, nested_block_size)
-    pairs = pair_table(codebook)
+    # Decoded into the rows of `out` where it is given, else into a scratch that each next tile overwrites.
+    per_byte = codes_per_byte(codebook)
+    n_blocks = -(-n_rows * n_columns // block_size)
     if packed.device.type != "cpu":
-        decoded = compiled_decode(block_size, dtype)(packed, absmax, pairs, n_rows * n_columns)
-        yield slice(0, n_rows), decoded.view(n_rows, n_columns)
+        absmax = _absmax(scales, 0, n_blocks, nested_block_size, nested_first)
+        decode = compiled_decode(block_size, dtype)
+        decoded = decode(packed, absmax, byte_table(codebook), n_rows * n_columns).view(n_rows, n_columns)
+        yield slice(0, n_rows), decoded if out is None else out.copy_(decoded)
         return
-    # A tile begins on a block, and so on a byte: blocks run on over the ends of rows.
-    granule = block_size // math.gcd(n_columns, block_size)
-    step = max(TILE // n_columns // granule, 1) * granule
-    scratch = torch.empty(min(step, n_rows), n_columns, dtype=dtype)
+    # A tile begins with a byte: of rows of odd width, every other one does.
+    granule = per_byte if n_columns % per_byte else 1
+    step = max(TILE // (n_columns * dtype.itemsize) // granule, 1) * granule
+    window = slice(
+        0, 0
+    )  # the blocks whose scales are decoded: those of many tiles, for the sake of small ones
     for start in range(0, n_rows, step):
         rows = slice(start, min(start + step, n_rows))
         first, last = rows.start * n_columns, rows.stop * n_columns
-        tile = scratch[: rows.stop - rows.start]
-        some_packed = packed[first // 2 : -(-last // 2)]
-        some_absmax = absmax[first // block_size : -(-last // block_size)]
-        yield rows, dequantize(some_packed, some_absmax, pairs, block_size, out=tile)
+        first_block, last_block = first // block_size, -(-last // block_size)
+        if last_block > window.stop:
+            window = slice(first_block, min(max(first_block + WINDOW, last_block), n_blocks))
+            absmax = _absmax(scales, window.start, window.stop, nested_block_size, nested_first)
+        if out is None:
+            tile = scratch("tile", last - first, dtype, packed.device).view(-1, n_columns)
+        else:
+            tile = out[rows]
+        some_packed = packed[first // per_byte : -(-last // per_byte)]
+        some_absmax = absmax[first_block - window.start :]
+        yield rows, dequantize(some_packed, some_absmax, codebook, block_size, tile, first % block_size)
+
+
+def _absmax(scales: list[Tensor], first: int, last: int, nested_block_size: int, nested_first: int) -> Tensor:
+    # The scales of blocks `first` to `last`, float32.
+    if len(scales) == 1:
+        return scales[0][first:last]
+    absmax_codes, nested_absmax, nested_codebook, offset = scales
+    some_codes, nested_first = absmax_codes[first:last], nested_first + first
+    out = scratch("scales", last - first, torch.float32, absmax_codes.device)
+    return dequantize_scales(
+        some_codes, nested_absmax, nested_codebook, offset, nested_block_size, nested_first, out
+    )
 
 
 def _cast_tiles(weight: Tensor, dtype: torch.dtype) -> Tiles:
-    step = max(TILE // weight.shape[1], 1)
-    scratch = torch.empty(min(step, len(weight)), weight.shape[1], dtype=dtype, device=weight.device)
+    n_columns = weight.shape[1]
+    step = max(TILE // (n_columns * dtype.itemsize), 1)
     for start in range(0, len(weight), step):
         rows = slice(start, min(start + step, len(weight)))
-        yield rows, scratch[: rows.stop - rows.start].copy_(weight[rows])
+        tile = scratch("tile", (rows.stop - rows.start) * n_columns, dtype, weight.device)
+        yield rows, tile.view(-1, n_columns).copy_(weight[rows])
 
 
 @cache
-def compiled_decode(block_size: int, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
-    """Return `quantize.dequantize` as one expression without scratch, which compiles to a single kernel.
+def compiled_decode(block_size: int, dtype: torch.dtype):
+    """Return the decoding of a whole weight as one compiled kernel, for accelerators.
 
-    The function maps (packed, absmax, pairs, n) to n decoded numbers. Sizes are symbols in it, so that one
+    The function maps (packed, absmax, table, n) to n decoded numbers. Sizes are symbols in it, so that one
     compilation serves all layers: after eight recompilations torch.compile gives up without a word.
     """
 
-    def decode(packed: Tensor, absmax: Tensor, pairs: Tensor, n: int) -> Tensor:
-        levels = pairs[packed.int()].view(-1)[:n]
+    def decode(packed: Tensor, absmax: Tensor, table: Tensor, n: int) -> Tensor:
+        levels = table[packed.int()].view(-1)[:n]
         block = torch.arange(n, device=packed.device, dtype=torch.int32) // block_size
         return (levels * absmax[block]).to(dtype)
 
@@ -199,9 +242,10 @@ def _nf4_forward(
     n_columns: int,
     block_size: int,
     nested_block_size: int,
+    nested_first: int,
 ) -> Tensor:
-    tiles = _nf4_tiles(packed, scales, codebook, n_rows, n_columns, block_size, nested_block_size, x.dtype)
-    return _multiply(x, n_rows, tiles)
+    sizes = (n_rows, n_columns, block_size, nested_block_size, nested_first)
+    return _multiply(x, n_rows, _nf4_tiles(packed, scales, codebook, *sizes, x.dtype))
 
 
 @torch.library.custom_op("minqlora::nf4_linear_backward", mutates_args=())
@@ -214,11 +258,10 @@ def _nf4_backward(
     n_columns: int,
     block_size: int,
     nested_block_size: int,
+    nested_first: int,
 ) -> Tensor:
-    tiles = _nf4_tiles(
-        packed, scales, codebook, n_rows, n_columns, block_size, nested_block_size, grad_y.dtype
-    )
-    return _multiply_transposed(grad_y, n_columns, tiles)
+    sizes = (n_rows, n_columns, block_size, nested_block_size, nested_first)
+    return _multiply_transposed(grad_y, n_columns, _nf4_tiles(packed, scales, codebook, *sizes, grad_y.dtype))
 
 
 @torch.library.custom_op("minqlora::cast_linear", mutates_args=())
@@ -247,7 +290,7 @@ def _save_nf4(ctx, inputs, output) -> None:
 def _differentiate_nf4(ctx, grad_y):
     packed, codebook, *scales = ctx.saved_tensors
     grad_x = _nf4_backward(grad_y.contiguous(), packed, scales, codebook, *ctx.sizes)
-    return grad_x, None, [None] * len(scales), None, None, None, None, None
+    return grad_x, None, [None] * len(scales), *[None] * 6
 
 
 def _save_cast(ctx, inputs, output) -> None:

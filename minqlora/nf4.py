@@ -11,9 +11,22 @@ looks inside::
               4.127 bits per parameter)
     >>> linear(torch.randn(2, 1536)).dtype          # decoded to the dtype of what it meets
     torch.float32
+    >>> (torch.randn(2, 1536) @ linear.weight.t()).shape
+    torch.Size([2, 576])
+    >>> [part.shape for part in linear.weight.chunk(2)]             # rows, without decoding them
+    [torch.Size([288, 1536]), torch.Size([288, 1536])]
 
-Everything a weight never needs is refused by name: an operation that fell back to decoding would cost the
-memory this class exists to save, and nobody would notice.
+What a frozen weight needs it can do: move, be copied, be saved, be multiplied by, be viewed transposed or cut
+by rows. Everything else is refused by name: an operation that fell back to decoding would cost the memory
+this class exists to save, and nobody would notice.
+
+    a part of four rows of three blocks, cut after the first row, two scales to a nested block
+
+    row                0        1        2        3
+    absmax_codes     0 1 2    3 4 5    6 7 8    9 10 11
+    nested_absmax    0 0 1    1 2 2    3 3 4    4 5  5          block of each scale
+    t[1:]                     its nested_absmax begins with block 1, and its first scale is the second of it:
+                              `nested_first` is 1
 
 Shapes and dtypes: (N, K); `dtype` is the dtype of the weight before quantization and the default of
 `dequantize()`. The parts are those of Chapter 3. Cost: 4.127 bits per parameter with double quantization, 4.5
@@ -27,8 +40,10 @@ Paper: "QLoRA Finetuning".
 Before: matmul. Next: lora.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +58,42 @@ PARTS = ("packed", "codebook", "absmax", "absmax_codes", "nested_absmax", "neste
 SHARED_PARTS = ("codebook", "nested_codebook")  # one object for all tensors on a device
 
 
+@dataclass(frozen=True)
+class Format:
+    """How an NF4Tensor's parts are to be read."""
+
+    shape: tuple[int, int]  # (N, K) of the matrix, however it is viewed
+    block_size: int = 64  # weights that share a scale
+    nested_block_size: int = 256  # scales that share a second scale
+    nested_first: int = (
+        0  # scales of the first nested block that come before these: of a part cut off a larger one
+    )
+    quant_type: str = "nf4"
+    view: Literal["matrix", "transposed", "flat"] = "matrix"  # (N, K), (K, N) or (N K,)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], int, int, int]:
+        """What `matmul`'s functions take last."""
+        return self.shape, self.block_size, self.nested_block_size, self.nested_first
+
+    @property
+    def n_blocks(self) -> int:
+        """How many scales there are."""
+        return -(-self.shape[0] * self.shape[1] // self.block_size)
+
+    @property
+    def n_nested_blocks(self) -> int:
+        """How many scales of scales there are."""
+        return -(-(self.nested_first + self.n_blocks) // self.nested_block_size) if self.n_blocks else 0
+
+
 class NF4Tensor(Tensor):
     """A (N, K) weight quantized to 4-bit NormalFloat. Make one with `NF4Tensor.from_float`.
 
     Attributes: `packed` uint8 (ceil(N K / 2),); `codebook` float32 (16,); without double quantization
     `absmax` float32 (n_blocks,); with it `absmax` is None and there are `absmax_codes` uint8 (n_blocks,),
-    `nested_absmax` float32, `nested_codebook` float32 (256,) and `offset` float32 ().
+    `nested_absmax` float32, `nested_codebook` float32 (256,) and `offset` float32 (). `format` says how they
+    are to be read. Other levels than NF4's may stand in `codebook`, with as many codes to a byte as fit.
     """
 
     packed: Tensor
@@ -58,22 +103,21 @@ class NF4Tensor(Tensor):
     nested_absmax: Tensor | None
     nested_codebook: Tensor | None
     offset: Tensor | None
-    block_size: int
-    nested_block_size: int
+    format: Format
 
     @staticmethod
-    def __new__(
-        cls, parts: dict[str, Tensor], shape, dtype: torch.dtype, block_size: int, nested_block_size: int
-    ):
-        return Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=parts["packed"].device)
+    def __new__(cls, parts: dict[str, Tensor], dtype: torch.dtype, format: Format):
+        n, k = format.shape
+        size, stride = {"matrix": ((n, k), (k, 1)), "transposed": ((k, n), (1, k)), "flat": ((n * k,), (1,))}[
+            format.view
+        ]
+        device = parts["packed"].device
+        return Tensor._make_wrapper_subclass(cls, size, strides=stride, dtype=dtype, device=device)
 
-    def __init__(
-        self, parts: dict[str, Tensor], shape, dtype: torch.dtype, block_size: int, nested_block_size: int
-    ):
+    def __init__(self, parts: dict[str, Tensor], dtype: torch.dtype, format: Format):
         for name in PARTS:
             setattr(self, name, parts.get(name))
-        self.block_size = block_size
-        self.nested_block_size = nested_block_size
+        self.format = format
 
     @classmethod
     def from_float(
@@ -84,15 +128,26 @@ class NF4Tensor(Tensor):
         block_size: int = 64,
         nested_block_size: int = 256,
         double_quant: bool = True,
+        scale_rule: str = "midpoint",
     ) -> "NF4Tensor":
         """Quantize a weight.
 
-        weight: floating point (N, K). block_size, nested_block_size: numbers (scales) that share a scale,
-        even. double_quant: store the scales in 8 bits. Raises ValueError for another quant_type, a shape that
-        is not (N, K), an odd or non-positive block size, and a weight with NaN or infinity.
+        weight: floating point (N, K). quant_type: a name in `codebook.QUANT_TYPES`; all but "nf4" and
+        "fp4" are for comparison. block_size, nested_block_size: numbers (scales) that share a scale, the
+        first even. double_quant: store the scales in 8 bits, found by `scale_rule` as in
+        `quantize.quantize_scales`.
+
+        Raises ValueError for another quant_type or scale_rule, a shape that is not (N, K), an odd or
+        non-positive block size, and a weight with NaN or infinity.
         """
-        if quant_type != "nf4":
-            raise ValueError(f"quant_type must be 'nf4', not {quant_type!r}")
+        if quant_type not in codebook.QUANT_TYPES:
+            raise ValueError(
+                f"quant_type must be one of {', '.join(codebook.QUANT_TYPES)}, not {quant_type!r}"
+            )
+        if scale_rule not in quantize.SCALE_RULES:
+            raise ValueError(
+                f"scale_rule must be one of {', '.join(quantize.SCALE_RULES)}, not {scale_rule!r}"
+            )
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ValueError(
                 f"expected a floating-point (N, K) weight, got {weight.dtype} {tuple(weight.shape)}"
@@ -101,18 +156,25 @@ class NF4Tensor(Tensor):
             raise ValueError(
                 f"block_size must be even and both positive, got {block_size} and {nested_block_size}"
             )
-        levels = codebook.nf4(weight.device)
-        packed, absmax = quantize.quantize(weight, levels, block_size)
-        parts = {"packed": packed, "codebook": levels, "absmax": absmax}
+        if quant_type == "quantile":
+            sample = quantize.scaled_sample(weight, block_size)
+            levels = codebook.shared(
+                torch.from_numpy(codebook.quantile_levels(sample.numpy())), weight.device
+            )
+        else:
+            levels = codebook.levels(quant_type, weight.device)
+        parts = {"codebook": levels}
         if double_quant:
             nested_levels = codebook.dynamic_map(weight.device)
-            codes, nested_absmax, offset = quantize.quantize_scales(
-                parts.pop("absmax"), nested_levels, nested_block_size
+            names = ("packed", "absmax_codes", "nested_absmax", "offset")
+            found = quantize.quantize_double(
+                weight, levels, nested_levels, block_size, nested_block_size, scale_rule
             )
-            parts |= dict(
-                absmax_codes=codes, nested_absmax=nested_absmax, nested_codebook=nested_levels, offset=offset
-            )
-        return cls(parts, weight.shape, weight.dtype, block_size, nested_block_size)
+            parts |= dict(zip(names, found, strict=True), nested_codebook=nested_levels)
+        else:
+            parts["packed"], parts["absmax"] = quantize.quantize(weight, levels, block_size)
+        shape = (weight.shape[0], weight.shape[1])
+        return cls(parts, weight.dtype, Format(shape, block_size, nested_block_size, 0, quant_type))
 
     @property
     def scales(self) -> list[Tensor]:
@@ -139,25 +201,38 @@ class NF4Tensor(Tensor):
         return 8 * self.nbytes / self.numel()
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-        """Return the decoded weight, (N, K), in `dtype` (default: this tensor's), or write it to `out`."""
+        """Return the decoded weight, in this tensor's shape, in `dtype` (default: its own), or write it to
+        `out`.
+
+        Raises ValueError for an `out` of another shape, on another device, or of another dtype than the one
+        asked for.
+        """
         if out is None:
-            out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+            decoded = quantize.empty(self.format.shape, dtype or self.dtype, self.device)
         elif out.shape != self.shape:
             raise ValueError(f"out must have the weight's shape {tuple(self.shape)}, got {tuple(out.shape)}")
-        return matmul.nf4_dequantize(
-            self.packed, self.scales, self.codebook, out, self.block_size, self.nested_block_size
-        )
+        elif out.device != self.device or (dtype or out.dtype) != out.dtype or not out.is_floating_point():
+            wanted = dtype or "floating point"
+            raise ValueError(f"out must be {wanted} on {self.device}, got {out.dtype} on {out.device}")
+        else:
+            decoded = _as_matrix(out, self.format)
+        matmul.nf4_dequantize(self.packed, self.scales, self.codebook, decoded, *self.format.sizes[1:])
+        if out is not None:
+            return out
+        return {"matrix": decoded, "transposed": decoded.T, "flat": decoded.view(-1)}[self.format.view]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        quant_type = "" if self.format.quant_type == "nf4" else f"quant_type={self.format.quant_type!r}, "
         return (
-            f"NF4Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
-            f"block_size={self.block_size}, double_quant={self.absmax is None}, "
-            f"{self.bits_per_parameter:.3f} bits per parameter)"
+            f"NF4Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {quant_type}"
+            f"block_size={self.format.block_size}, double_quant={self.absmax is None}, "
+            f"{self.bits_per_parameter if self.numel() else 0:.3f} bits per parameter)"
         )
 
     def __reduce_ex__(self, protocol):
         raise NotImplementedError(
-            "NF4Tensor is not pickled, and so not torch.save'd: save its parts with safetensors"
+            "NF4Tensor is not pickled, and so not torch.save'd: save it with safetensors, as "
+            "checkpoint.flatten_state_dict lays it out"
         )
 
     def __deepcopy__(self, memo) -> Tensor:
@@ -166,30 +241,45 @@ class NF4Tensor(Tensor):
             copied = nn.Parameter(copied, requires_grad=self.requires_grad)
         return memo.setdefault(id(self), copied)
 
-    def _rebuild(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "NF4Tensor":
+    def _rebuild(self, change: Callable[[Tensor], Tensor] = lambda part: part, **format: Any) -> "NF4Tensor":
         # The same tensor with every part of its own changed; codebooks stay the shared objects they are.
         parts = {name: part if name in SHARED_PARTS else change(part) for name, part in self.parts.items()}
-        return NF4Tensor(parts, self.shape, dtype or self.dtype, self.block_size, self.nested_block_size)
+        return NF4Tensor(parts, self.dtype, replace(self.format, **format))
 
-    def _moved_to(self, device: torch.device, dtype: torch.dtype, non_blocking: bool = False) -> "NF4Tensor":
+    def _on(
+        self, device: torch.device, dtype: torch.dtype, change: Callable[[Tensor], Tensor], **format: Any
+    ) -> "NF4Tensor":
+        # The same with the codebooks of another device.
         if not dtype.is_floating_point:
             raise ValueError(f"an NF4Tensor stands for a floating-point weight and has no {dtype}")
-        parts = {
-            name: codebook.shared(part, device)
-            if name in SHARED_PARTS
-            else part.to(device, non_blocking=non_blocking, copy=True)
-            for name, part in self.parts.items()
-        }
-        return NF4Tensor(parts, self.shape, dtype, self.block_size, self.nested_block_size)
+        parts = {name: part for name, part in self.parts.items() if name not in SHARED_PARTS}
+        parts = {name: change(part) for name, part in parts.items()}
+        for name in self.parts.keys() & set(SHARED_PARTS):
+            parts[name] = self._shared_part(name, device)
+        return NF4Tensor(parts, dtype, replace(self.format, **format))
+
+    def _shared_part(self, name: str, device: torch.device) -> Tensor:
+        part: Tensor = getattr(self, name)
+        if part.device.type != "meta" or device.type == "meta":
+            return codebook.shared(part, device)
+        # A tensor without memory has only the name of its levels.
+        return (
+            codebook.levels(self.format.quant_type, device)
+            if name == "codebook"
+            else codebook.dynamic_map(device)
+        )
 
     # ---- what the rest of PyTorch asks for -----------------------------------------------------------------
 
     def __tensor_flatten__(self):
-        return list(self.parts), (self.dtype, self.block_size, self.nested_block_size)
+        return list(self.parts), (self.dtype, self.format)
+
+    def _stable_hash_for_caching(self) -> str:
+        return repr((list(self.parts), self.dtype, self.format))
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context, outer_size, outer_stride) -> "NF4Tensor":
-        return NF4Tensor(inner, outer_size, *context)
+        return NF4Tensor(inner, *context)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -204,35 +294,260 @@ class NF4Tensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
-        if func in (aten.detach.default, aten.alias.default):
-            return return_and_correct_aliasing(func, args, kwargs, args[0]._rebuild(lambda part: part))
-        if func is aten.clone.default:
-            return args[0]._rebuild(Tensor.clone)
-        if func is aten._to_copy.default:
-            self = args[0]
-            device, dtype = kwargs.get("device") or self.device, kwargs.get("dtype") or self.dtype
-            return self._moved_to(torch.device(device), dtype, kwargs.get("non_blocking", False))
+        if func in VIEWS:
+            return return_and_correct_aliasing(func, args, kwargs, VIEWS[func](*args, **kwargs))
+        if func in OPERATIONS:
+            return OPERATIONS[func](*args, **kwargs)
         raise NotImplementedError(
-            f"NF4Tensor has no {func}: it is a frozen weight for F.linear. "
+            f"NF4Tensor has no {func}: it is a frozen weight, to multiply by, to move, copy and cut by rows. "
             "Call .dequantize() first for an ordinary tensor."
         )
 
+    # ---- FSDP2 (torch.distributed.fsdp.fully_shard): each rank holds some rows, and gathers all for a
+    # product --
+
+    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+        """Return what the ranks exchange: the packed rows and their scales, decoded, because ranks begin
+        within different nested blocks. 4.5 bits a weight travel, not 32.
+        """
+        if outer_size[0] != self.shape[0] * mesh.size():
+            raise ValueError(
+                f"a {tuple(outer_size)} NF4Tensor cannot be sharded over {mesh.size()} ranks: "
+                "its rows do not divide evenly"
+            )
+        return (self.packed, self._decoded_scales()), self.codebook
+
+    def fsdp_post_all_gather(self, gathered, codebook, param_dtype, *, out=None):
+        """Return the whole weight as an NF4Tensor over what was gathered, or fill `out`, which is that
+        already."""
+        if out is not None:
+            return None
+        packed, absmax = gathered
+        n_rows = self.shape[0] * absmax.numel() // self.format.n_blocks
+        format = replace(self.format, shape=(n_rows, self.shape[1]), nested_first=0)
+        parts = {"packed": packed, "absmax": absmax, "codebook": codebook}
+        return NF4Tensor(parts, self.dtype, format), (packed, absmax)
+
+    def _decoded_scales(self) -> Tensor:
+        if self.absmax is not None:
+            return self.absmax
+        codes, nested_absmax, nested_codebook, offset = self.scales
+        nested = self.format.nested_block_size, self.format.nested_first
+        return quantize.dequantize_scales(codes, nested_absmax, nested_codebook, offset, *nested)
+
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, NF4Tensor):
+    if not isinstance(weight, NF4Tensor) or isinstance(input, NF4Tensor) or isinstance(bias, NF4Tensor):
         raise NotImplementedError(
             "NF4Tensor can only be the weight of F.linear. Call .dequantize() for an ordinary tensor."
         )
     if not input.is_floating_point():
         raise ValueError(f"the input of a linear layer must be floating-point, got {input.dtype}")
-    shape = (weight.shape[0], weight.shape[1])
-    y = matmul.nf4_linear(
-        input,
-        weight.packed,
-        weight.scales,
-        weight.codebook,
-        shape,
-        weight.block_size,
-        weight.nested_block_size,
-    )
+    if weight.format.view != "matrix":
+        y = input @ weight.t()
+    else:
+        y = matmul.nf4_linear(input, weight.packed, weight.scales, weight.codebook, *weight.format.sizes)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+# ---- operations, below autograd
+# ------------------------------------------------------------------------------
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    if isinstance(a, NF4Tensor) and isinstance(b, NF4Tensor):
+        raise NotImplementedError("two NF4Tensors are not multiplied: call .dequantize() on one of them")
+    if isinstance(a, NF4Tensor):
+        return _mm(b.t(), a.t()).t()
+    assert isinstance(b, NF4Tensor)
+    if b.format.view == "flat" or a.dim() != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
+    if not a.is_floating_point():
+        raise ValueError(f"an NF4Tensor is multiplied by floating-point numbers, got {a.dtype}")
+    product = matmul.nf4_linear if b.format.view == "transposed" else matmul.nf4_linear_backward
+    return product(a.contiguous(), b.packed, b.scales, b.codebook, *b.format.sizes)
+
+
+def _addmm(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if isinstance(input, NF4Tensor):
+        raise NotImplementedError("an NF4Tensor is not added to: call .dequantize() first")
+    product = _mm(a, b)
+    product = product if alpha == 1 else product * alpha
+    return product if beta == 0 else torch.add(product, input.to(product.dtype), alpha=beta)
+
+
+def _mv(a: Tensor, vector: Tensor) -> Tensor:
+    return _mm(a, vector[:, None])[:, 0]
+
+
+def _to_copy(tensor: NF4Tensor, *, dtype=None, device=None, non_blocking=False, **_: Any) -> NF4Tensor:
+    device = torch.device(device or tensor.device)
+    return tensor._on(
+        device, dtype or tensor.dtype, lambda part: part.to(device, non_blocking=non_blocking, copy=True)
+    )
+
+
+def _copy_(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if not isinstance(tensor, NF4Tensor) or not isinstance(source, NF4Tensor):
+        raise NotImplementedError(
+            "copy_ between an NF4Tensor and an ordinary tensor would quantize or decode: call "
+            "NF4Tensor.from_float(weight), or .dequantize(out=tensor)"
+        )
+    if tensor.format != source.format or tensor.parts.keys() != source.parts.keys():
+        raise ValueError(f"cannot copy a tensor quantized another way: {source!r} to {tensor!r}")
+    if tensor.offset is not None and source.offset is not None:
+        # The rows of a larger tensor have its offset, and so must what is written over some of them. A
+        # blank one (new_zeros) has none yet.
+        is_part = tensor.packed.untyped_storage().nbytes() != tensor.packed.nbytes
+        if is_part and tensor.offset != 0 and tensor.offset != source.offset.to(tensor.device):
+            raise ValueError("cannot copy rows over a part of a tensor whose scales have another offset")
+    for name, part in tensor.parts.items():
+        if name in SHARED_PARTS:
+            setattr(tensor, name, codebook.shared(getattr(source, name), tensor.device))
+        else:
+            part.copy_(getattr(source, name), non_blocking)
+    return tensor
+
+
+def _new_zeros(tensor: NF4Tensor, size, *, dtype=None, device=None, **_: Any) -> NF4Tensor:
+    # Scales of zero decode to zeros, whatever the codes. They are those of zero all the same: whoever then
+    # copies rows into it, as FSDP does into padding, brings an offset for all of the scales.
+    if len(size) != 2:
+        raise NotImplementedError(f"an NF4Tensor is (N, K): new_zeros({tuple(size)}) is torch.zeros(...)")
+    format = replace(tensor.format, shape=tuple(size), view="matrix")
+    per_byte = quantize.codes_per_byte(tensor.codebook)
+    counts = {"packed": -(-math.prod(size) // per_byte), "absmax": format.n_blocks}
+    counts |= {"absmax_codes": format.n_blocks, "nested_absmax": format.n_nested_blocks}
+    parts = {
+        name: part.new_zeros(counts[name], device=device)
+        for name, part in tensor.parts.items()
+        if name in counts
+    }
+    if tensor.offset is not None:
+        parts["offset"] = tensor.offset.new_zeros((), device=device)
+    zero, _absmax = quantize.quantize(tensor.codebook.new_zeros(per_byte), tensor.codebook, 2)
+    parts["packed"].fill_(int(zero[0]))
+    for name in tensor.parts.keys() & set(SHARED_PARTS):
+        parts[name] = tensor._shared_part(name, parts["packed"].device)
+    return NF4Tensor(parts, dtype or tensor.dtype, format)
+
+
+def _empty_like(tensor: NF4Tensor, *, dtype=None, device=None, **_: Any) -> NF4Tensor:
+    device = torch.device(device or tensor.device)
+    return tensor._on(device, dtype or tensor.dtype, lambda part: torch.empty_like(part, device=device))
+
+
+def _pin_memory(tensor: NF4Tensor, device=None) -> NF4Tensor:
+    # Without an accelerator there is nothing to pin memory for.
+    return tensor._rebuild(Tensor.pin_memory if torch.accelerator.is_available() else Tensor.detach)
+
+
+def _is_pinned(tensor: NF4Tensor, device=None) -> bool:
+    return all(part.is_pinned() for name, part in tensor.parts.items() if name not in SHARED_PARTS)
+
+
+def _transposed(tensor: NF4Tensor, *dims: Any) -> NF4Tensor:
+    flat = [dim % 2 for dim in (dims[0] if dims and isinstance(dims[0], list | tuple) else dims or (0, 1))]
+    if tensor.format.view == "flat" or sorted(flat) != [0, 1]:
+        raise NotImplementedError("NF4Tensor can only be transposed as a matrix. Call .dequantize() first.")
+    return tensor._rebuild(view="matrix" if tensor.format.view == "transposed" else "transposed")
+
+
+def _viewed(tensor: NF4Tensor, size, *_: Any) -> NF4Tensor:
+    known = -math.prod(size) if -1 in size else 1
+    size = tuple(tensor.numel() // max(known, 1) if dim == -1 else dim for dim in size)
+    if size == tuple(tensor.shape):
+        return tensor._rebuild()
+    if size == (tensor.numel(),) and tensor.format.view == "matrix":
+        return tensor._rebuild(view="flat")
+    if size == tensor.format.shape and tensor.format.view == "flat":
+        return tensor._rebuild(view="matrix")
+    raise NotImplementedError(
+        f"NF4Tensor {tuple(tensor.shape)} cannot be viewed as {size}, only in its own shape. "
+        "Call .dequantize() first for an ordinary tensor."
+    )
+
+
+def _rows(tensor: NF4Tensor, start: int, stop: int) -> NF4Tensor:
+    # Rows start to stop, sharing memory.
+    format, width = tensor.format, tensor.format.shape[1]
+    if format.view != "matrix":
+        raise NotImplementedError("only the rows of an NF4Tensor can be cut: call .t() on the part instead")
+    first, last = start * width, stop * width
+    if start < stop and first % format.block_size:
+        every = format.block_size // math.gcd(width, format.block_size)
+        raise ValueError(
+            f"a {format.shape} NF4Tensor can be cut before every {every}th row, where a block of "
+            f"{format.block_size} begins, but not before row {start}"
+        )
+    block, end_block = first // format.block_size, -(-last // format.block_size)
+    nested = format.nested_first + block
+    per_byte = quantize.codes_per_byte(tensor.codebook)
+    cut = {
+        "packed": slice(first // per_byte, -(-last // per_byte)),
+        "absmax": slice(block, end_block),
+        "absmax_codes": slice(block, end_block),
+        "nested_absmax": slice(
+            nested // format.nested_block_size,
+            -(-(format.nested_first + end_block) // format.nested_block_size) if start < stop else 0,
+        ),
+    }
+    parts = {name: part[cut[name]] if name in cut else part for name, part in tensor.parts.items()}
+    nested_first = nested % format.nested_block_size if tensor.absmax is None else 0
+    part_format = replace(format, shape=(stop - start, width), nested_first=nested_first)
+    return NF4Tensor(parts, tensor.dtype, part_format)
+
+
+def _slice(tensor: NF4Tensor, dim: int = 0, start=None, end=None, step: int = 1) -> NF4Tensor:
+    if dim % tensor.dim() != 0 or step != 1:
+        raise NotImplementedError(
+            "only whole rows of an NF4Tensor can be cut, one after the other. Call .dequantize() first."
+        )
+    start, stop, _ = slice(start, end).indices(tensor.shape[0])
+    return _rows(tensor, start, max(start, stop))
+
+
+def _split(tensor: NF4Tensor, sizes, dim: int = 0) -> list[NF4Tensor]:
+    n_rows = tensor.shape[0]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, n_rows - start) for start in range(0, n_rows, max(sizes, 1))]
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [_slice(tensor, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _as_strided(tensor: NF4Tensor, size, stride, storage_offset=None) -> NF4Tensor:
+    if tuple(size) != tuple(tensor.shape) or tuple(stride) != tensor.stride() or storage_offset:
+        raise NotImplementedError("NF4Tensor has no aten.as_strided.default. Call .dequantize() first.")
+    return tensor._rebuild()
+
+
+def _as_matrix(out: Tensor, format: Format) -> Tensor:
+    # `out`, which has the shape of a view, seen as (N, K).
+    return out.mT if format.view == "transposed" else out.view(format.shape) if format.view == "flat" else out
+
+
+VIEWS: dict[Any, Callable] = {
+    aten.detach.default: lambda tensor: tensor._rebuild(),
+    aten.alias.default: lambda tensor: tensor._rebuild(),
+    aten.t.default: _transposed,
+    aten.transpose.int: _transposed,
+    aten.permute.default: _transposed,
+    aten.view.default: _viewed,
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.as_strided.default: _as_strided,
+}
+
+OPERATIONS: dict[Any, Callable] = {
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.mv.default: _mv,
+    aten.clone.default: lambda tensor, memory_format=None: tensor._rebuild(Tensor.clone),
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy_,
+    aten.new_zeros.default: _new_zeros,
+    aten.empty_like.default: _empty_like,
+    aten._pin_memory.default: _pin_memory,
+    aten.is_pinned.default: _is_pinned,
+}

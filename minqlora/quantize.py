@@ -26,169 +26,428 @@ Shapes and dtypes, for a weight of n numbers, n_blocks = ceil(n / 64)::
     offset        float32 ()                                        = 0.0000 (4 bytes a matrix)
                                                   4.127 bits a weight in all
 
+How a code is found. Fifteen borders lie between the levels, and the code is how many of them lie below the
+number. The upper 16 of a float's 32 bits are nearly enough to tell: of the 65,536 possible patterns, a border
+runs through fifteen. One table has the code at the lower end of each pattern, another the border inside it::
+
+    0.75       = 0x3F40 0000     code[0x3F40] = 14, and no border inside
+    0.8600     = 0x3F5C 28F6     code[0x3F5C] = 14, border 0.86148: not above it, so 14
+    0.8620     = 0x3F5C AC08     the same entries:                  above it,     so 15
+
+Two look-ups and a comparison, for any codebook. Decoding is one look-up for *two* numbers: a byte holds two
+codes, and a table of 256 pairs of levels turns it into two floats at once.
+
 Differences. Packed codes equal bitsandbytes' bit for bit, corners included: a border value takes the lower
-code, a block of zeros is all code 7, a short last block is divided by its scale where a full one is
+code, a block of zeros takes the code of zero, a short last block is divided by its scale where a full one is
 multiplied by the reciprocal. Scales are encoded to the *nearest* level (ties to the even code), as
-bitsandbytes' CUDA kernels do; its CPU code looks them up in a table that misses the nearest level for 0.2 %
-of them. The paper subtracts the mean of the scales, as here.
+bitsandbytes' CUDA kernels do; its CPU code looks them up in a table of 65,536 steps that misses the nearest
+level for 0.2 % of them, which `scale_rule="table"` repeats. The mean is taken in float64, so that it is the
+same on every machine; bitsandbytes' float32 mean depends on the number of threads. The paper subtracts the
+mean of the scales, as here.
 
 Paper: "Block-wise k-bit Quantization", "Double Quantization".
 
-Before: codebook. Next: matmul.
+Before: reference. Next: matmul.
 """
 
+import math
+import mmap
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, NoReturn
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minqlora.codebook import thresholds
 
-# Numbers quantized at a time: 4 MiB of float32 stays in cache through fifteen passes, and bounds the extra
-# memory.
+# Numbers worked on at a time, in both directions: large enough that an operator's fixed cost is nothing,
+# small enough for the caches. With the scratch below, 26 MiB are needed to quantize and 8 MiB to
+# dequantize, whatever the size of the matrix.
 CHUNK = 2**20
+
+# Smallest number a scale is taken for when dividing by it: 1 / 0 would make NaN of a block of zeros.
+TINY = 1e-38
+
+SCALE_RULES = ("midpoint", "table")
+
+
+# ---- quantizing --------------------------------------------------------------------------------------------
 
 
 def quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantize a weight to 4-bit codes with one scale a block.
+    """Quantize a weight to one code a number and one scale a block.
 
-    weight: floating point, any shape, n numbers in row-major order. codebook: float32 (16,) ascending, on the
-    same device. block_size: numbers that share a scale; even.
+    weight: floating point, any shape, n numbers in row-major order. codebook: float32 levels, on the same
+    device. block_size: numbers that share a scale; even.
 
-    Returns `packed` uint8 (ceil(n / 2),) and `absmax` float32 (n_blocks,). Raises ValueError if the weight is
-    empty or holds a NaN or an infinity, naming the first one's index. Source: the paper, "Block-wise k-bit
-    Quantization".
+    Returns `packed` uint8 (ceil(n / 2),), or (n,) for more than 16 levels, and `absmax` float32 (n_blocks,).
+    Raises ValueError if the weight is empty or holds a NaN or an infinity, naming the first one's index.
+    Source: the paper, "Block-wise k-bit Quantization".
     """
-    flat = weight.detach().reshape(-1)
-    n = flat.numel()
-    if n == 0:
-        raise ValueError(f"cannot quantize an empty weight of shape {tuple(weight.shape)}")
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=flat.device)
-    borders = thresholds(codebook).tolist()
+    weight, n = weight.detach(), weight.numel()
+    _require_numbers(weight)
+    per_byte = codes_per_byte(codebook)
+    packed = torch.empty(-(-n // per_byte), dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=weight.device)
     step = max(CHUNK // block_size, 1) * block_size  # whole blocks, and so whole bytes
     for start in range(0, n, step):
-        chunk = flat[start : start + step].float()
-        scaled, scales = _scale_blocks(chunk, block_size)
-        packed[start // 2 : start // 2 + (chunk.numel() + 1) // 2] = _pack(_encode(scaled, borders))
-        absmax[start // block_size : start // block_size + scales.numel()] = scales
+        numbers = _part(weight, start, start + step).float()
+        scales = largest_magnitudes(numbers, block_size)
+        codes = encode(_scale_down(numbers, scales, block_size), codebook)
+        _pack(codes, codebook, out=packed[start // per_byte : -(-(start + len(codes)) // per_byte)])
+        absmax[start // block_size :][: len(scales)] = scales
     # One look at the scales finds any bad number: amax passes NaN and infinity on.
-    if not torch.isfinite(absmax).all():
-        index = int(torch.nonzero(~torch.isfinite(flat.float()))[0])  # float: 1e300 is finite in float64 only
-        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), weight.shape))
-        raise ValueError(f"cannot quantize a weight that holds {flat[index].item()} (first at index {where})")
+    if not absmax.isfinite().all():
+        _refuse(weight)
     return packed, absmax
 
 
-def _scale_blocks(chunk: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    # -> numbers in [-1, 1] (n,) and the scales (n_blocks,). `chunk` is float32, and all of its blocks but the
-    # last are full.
-    full = chunk.numel() // block_size * block_size
-    blocks = chunk[:full].view(-1, block_size)  # (n_blocks, block_size)
-    absmax = blocks.abs().amax(dim=1)
-    # The clamp keeps 1 / 0 out: a block of zeros stays zeros, and takes the code of the level 0.
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).view(-1)
-    if (
-        full < chunk.numel()
-    ):  # a short last block: division, and the clamped scale is the one stored, as in bitsandbytes
-        tail = chunk[full:]
-        tail_absmax = tail.abs().amax().clamp(min=1e-38)
-        absmax = torch.cat([absmax, tail_absmax[None]])
-        scaled = torch.cat([scaled, tail / tail_absmax])
-    return scaled, absmax
+def quantize_double(
+    weight: Tensor,
+    codebook: Tensor,
+    nested_codebook: Tensor,
+    block_size: int,
+    nested_block_size: int,
+    scale_rule: str = "midpoint",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize a weight, and its scales to 8 bits: double quantization. All scales never exist in float32.
 
-
-def _encode(scaled: Tensor, borders: list[float]) -> Tensor:
-    # code = how many borders lie strictly below: fifteen compare-and-add passes over a warm chunk take half
-    # the time of torch.bucketize, which branches for every number.
-    codes = torch.zeros(scaled.shape, dtype=torch.uint8, device=scaled.device)
-    above = torch.empty(scaled.shape, dtype=torch.bool, device=scaled.device)
-    for border in borders:
-        codes += torch.gt(scaled, border, out=above).view(torch.uint8)
-    return codes
-
-
-def _pack(codes: Tensor) -> Tensor:
-    if codes.numel() % 2:  # the idle low nibble holds 7, the code of 0
-        codes = torch.cat([codes, codes.new_full((1,), 7)])
-    pairs = codes.view(-1, 2)
-    return pairs[:, 0] << 4 | pairs[:, 1]  # first of a pair in the high nibble
-
-
-def quantize_scales(absmax: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize the scales themselves to 8 bits: double quantization.
-
-    absmax: float32 (n_blocks,). codebook: the dynamic map, float32 (256,). block_size: scales that share a
-    second scale, 256.
-
-    Returns `absmax_codes` uint8 (n_blocks,), `nested_absmax` float32 (ceil(n_blocks / block_size),) and
-    `offset` float32 (). Source: the paper, "Double Quantization".
+    Arguments as of `quantize` and `quantize_scales`. Returns `packed`, `absmax_codes` uint8 (n_blocks,),
+    `nested_absmax` float32 (ceil(n_blocks / nested_block_size),) and `offset` float32 (). Raises as they do.
+    Source: the paper, "Double Quantization".
     """
-    # The mean in float64, on the CPU: the only sum here, and so the only result that could depend on the
-    # machine.
-    offset = absmax.cpu().double().mean().float().to(absmax.device)
+    weight, n = weight.detach(), weight.numel()
+    n_blocks, per_byte = -(-n // block_size), codes_per_byte(codebook)
+    offset = mean_scale(weight, block_size)
+    packed = torch.empty(-(-n // per_byte), dtype=torch.uint8, device=weight.device)
+    absmax_codes = torch.empty(n_blocks, dtype=torch.uint8, device=weight.device)
+    nested_absmax = torch.empty(-(-n_blocks // nested_block_size), dtype=torch.float32, device=weight.device)
+    window = max(CHUNK // (block_size * nested_block_size), 1) * nested_block_size  # scales at a time
+    for first in range(0, n_blocks, window):
+        start = first * block_size
+        codes, absmax = quantize(_part(weight, start, start + window * block_size), codebook, block_size)
+        packed[start // per_byte :][: len(codes)] = codes
+        codes, nested = quantize_scales(absmax, offset, nested_codebook, nested_block_size, scale_rule)
+        absmax_codes[first:][: len(codes)] = codes
+        nested_absmax[first // nested_block_size :][: len(nested)] = nested
+    return packed, absmax_codes, nested_absmax, offset
+
+
+def quantize_scales(
+    absmax: Tensor, offset: Tensor, codebook: Tensor, block_size: int, scale_rule: str = "midpoint"
+) -> tuple[Tensor, Tensor]:
+    """Quantize scales to 8 bits.
+
+    absmax: float32 (n_blocks,). offset: float32 (), what is taken off first, `mean_scale`. codebook: the
+    dynamic map, float32 (256,). block_size: scales that share a second scale, 256. scale_rule: "midpoint"
+    gives the nearest level, the even code on a tie; "table" what bitsandbytes' CPU code gives.
+
+    Returns `absmax_codes` uint8 (n_blocks,) and `nested_absmax` float32 (ceil(n_blocks / block_size),).
+    Raises ValueError for another rule. Source: the paper, "Double Quantization".
+    """
+    if scale_rule not in SCALE_RULES:
+        raise ValueError(f"scale_rule must be one of {', '.join(SCALE_RULES)}, not {scale_rule!r}")
     centred = absmax - offset
     n = centred.numel()
-    blocks = torch.nn.functional.pad(centred, (0, -n % block_size)).view(
-        -1, block_size
-    )  # zeros never raise a maximum
+    # Padded with zeros, which never raise a maximum.
+    blocks = F.pad(centred, (0, -n % block_size)).view(-1, block_size)
     nested_absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / nested_absmax)[:, None]).view(-1)[
-        :n
-    ]  # a block of zeros: 0 * inf = NaN, code 0 below
-    borders = thresholds(codebook)
-    codes = torch.bucketize(scaled, borders, out_int32=True)
-    # bucketize gives a number on a border the lower code; the rule is the even one.
-    on_border = scaled == borders[codes.clamp(max=len(borders) - 1)]
-    codes += on_border & (codes % 2 == 1)
-    return torch.where(scaled.isnan(), 0, codes).to(torch.uint8), nested_absmax, offset
+    scaled = (blocks * (1.0 / nested_absmax)[:, None]).view(-1)[:n]
+    if scale_rule == "table":
+        # A number is rounded to one of 65,536 steps over [-1, 1], and what takes a code is the step.
+        step = ((scaled.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).floor()
+        codes = encode(step * 2 / 65535 - 1, codebook)
+    else:
+        codes = encode(scaled, codebook)
+        # A number on a border has the lower code; the rule is the even one.
+        border_above = F.pad(thresholds(codebook), (0, 1), value=math.inf)  # (256,)
+        codes += (codes & 1) * (scaled == border_above[codes.int()])
+    return codes.masked_fill_(
+        scaled.isnan(), 0
+    ), nested_absmax  # scales that are all equal: 0 * inf, and code 0
+
+
+def mean_scale(weight: Tensor, block_size: int) -> Tensor:
+    """Return the mean of a weight's scales, float32 (), summed in float64; raises as `quantize` does."""
+    weight, n = weight.detach(), weight.numel()
+    _require_numbers(weight)
+    step = max(CHUNK // block_size, 1) * block_size
+    total = 0.0
+    for start in range(0, n, step):
+        scales = largest_magnitudes(_part(weight, start, start + step).float(), block_size)
+        total += scales.cpu().double().sum().item()  # on the host, because not every device has float64
+    if not math.isfinite(total):
+        _refuse(weight)
+    return torch.tensor(total / -(-n // block_size), dtype=torch.float32, device=weight.device)
+
+
+def scaled_sample(weight: Tensor, block_size: int, n: int = 2**18) -> Tensor:
+    """Return about n of a weight's numbers, from all over it, divided by their scales: float32 on the CPU."""
+    run = 64 * block_size
+    step = max(weight.numel() // n, 1) * run
+    samples = []
+    for start in range(0, weight.numel(), step):
+        numbers = _part(weight.detach(), start, start + run).float()
+        scaled = _scale_down(numbers, largest_magnitudes(numbers, block_size), block_size)
+        samples.append(scaled.cpu().clone())
+    return torch.cat(samples)
+
+
+def largest_magnitudes(numbers: Tensor, block_size: int) -> Tensor:
+    """Return the scale of each block of float32 numbers (n,): float32 (ceil(n / block_size),).
+
+    That of a short last block is at least 1e-38, as in bitsandbytes.
+    """
+    full = numbers.numel() // block_size * block_size
+    magnitudes = scratch("magnitudes", full, torch.float32, numbers.device)
+    torch.abs(numbers[:full], out=magnitudes)
+    scales = magnitudes.view(-1, block_size).amax(dim=1)
+    if full < numbers.numel():
+        scales = torch.cat([scales, numbers[full:].abs().amax().clamp(min=TINY)[None]])
+    return scales
+
+
+def _scale_down(numbers: Tensor, scales: Tensor, block_size: int) -> Tensor:
+    # -> numbers in [-1, 1], float32 (n,) in the scratch.
+    full = numbers.numel() // block_size * block_size
+    scaled = scratch("magnitudes", numbers.numel(), torch.float32, numbers.device)
+    reciprocal = (1.0 / scales[: full // block_size].clamp(min=TINY))[:, None]
+    torch.mul(numbers[:full].view(-1, block_size), reciprocal, out=scaled[:full].view(-1, block_size))
+    if full < numbers.numel():  # a short last block is divided
+        torch.div(numbers[full:], scales[-1], out=scaled[full:])
+    return scaled
+
+
+def encode(scaled: Tensor, codebook: Tensor) -> Tensor:
+    """Return the code of each number: how many borders between levels lie strictly below it, uint8 (n,).
+
+    scaled: float32 (n,). codebook: float32 levels; codes are places in it, ascending or not.
+    """
+    tables = _encoding_tables(codebook)
+    if tables.lower is None or tables.border_inside is None:
+        codes = torch.bucketize(scaled, tables.borders, out_int32=True).to(torch.uint8)
+    else:
+        n, device = scaled.numel(), scaled.device
+        border = scratch("border", n, torch.float32, device)
+        pattern = torch.bitwise_right_shift(scaled.view(torch.int32), 16, out=border.view(torch.int32))
+        index = scratch("index", n, torch.int64, device).copy_(pattern).bitwise_and_(0xFFFF)
+        codes = look_up(tables.lower, index)
+        look_up(tables.border_inside, index, out=border)
+        above = torch.gt(scaled, border, out=scratch("above", n, torch.bool, device))
+        codes += above.view(torch.uint8)
+    return codes if tables.order is None else tables.order[codes.int()]
+
+
+class _EncodingTables(NamedTuple):
+    borders: Tensor  # float32, ascending
+    lower: (
+        Tensor | None
+    )  # uint8 (65536,): by a float's upper 16 bits, the code of the least number that has them
+    border_inside: (
+        Tensor | None
+    )  # float32 (65536,): the border among those numbers; infinity if there is none
+    order: Tensor | None  # uint8: the codes of ascending levels; None if they are 0, 1, 2 ...
+
+
+@lru_cache(maxsize=64)
+def _encoding_tables(codebook: Tensor) -> _EncodingTables:
+    order = codebook.argsort(stable=True)
+    borders = thresholds(codebook[order])
+    ascending = bool((order.diff() == 1).all())
+    codes = None if ascending else order.to(torch.uint8)
+    patterns = (borders.view(torch.int32) >> 16) & 0xFFFF  # the upper 16 bits of each border
+    if len(patterns.unique()) < len(patterns):
+        return _EncodingTables(
+            borders, None, None, codes
+        )  # two borders in one pattern: no table tells them apart
+    pattern = torch.arange(2**16, dtype=torch.int32, device=codebook.device)
+    # Below zero a larger pattern is a smaller number, and the least has all lower bits set.
+    lower_bits = (pattern >= 2**15).to(torch.int32) * 0xFFFF
+    least = (pattern << 16 | lower_bits).view(torch.float32)
+    lower = torch.bucketize(least, borders).to(torch.uint8)
+    border_inside = torch.full((2**16,), math.inf, dtype=torch.float32, device=codebook.device)
+    border_inside[patterns.long()] = borders
+    return _EncodingTables(borders, lower, border_inside, codes)
+
+
+def _pack(codes: Tensor, codebook: Tensor, out: Tensor) -> None:
+    if codes_per_byte(codebook) == 1:
+        out.copy_(codes)
+        return
+    if codes.numel() % 2:  # the idle low nibble holds the code of 0
+        codes = torch.cat([codes, encode(codebook.new_zeros(1), codebook)])
+    first, second = codes.view(-1, 2).unbind(1)
+    torch.add(second, first, alpha=16, out=out)  # first of a pair in the high nibble
+
+
+def codes_per_byte(codebook: Tensor) -> int:
+    """Return 2 for codes of up to 4 bits, which share a byte, and 1 for wider ones."""
+    return 2 if len(codebook) <= 16 else 1
+
+
+def _part(weight: Tensor, start: int, stop: int) -> Tensor:
+    # Numbers start to stop of a weight read in row-major order, (n,): without copying all of a weight that is
+    # not contiguous.
+    if weight.is_contiguous():
+        return weight.view(-1)[start:stop]
+    width = weight[0].numel()
+    rows = weight[start // width : -(-stop // width)].reshape(-1)
+    return rows[start % width :][: stop - start]
+
+
+def _require_numbers(weight: Tensor) -> None:
+    if weight.numel() == 0:
+        raise ValueError(f"cannot quantize an empty weight of shape {tuple(weight.shape)}")
+
+
+def _refuse(weight: Tensor) -> NoReturn:
+    # Raise for the first NaN or infinity of a weight that has one.
+    for start in range(0, weight.numel(), CHUNK):
+        part = _part(weight, start, start + CHUNK)
+        bad = ~part.float().isfinite()  # in float32: 1e300 is finite in float64 only
+        if bad.any():
+            index = int(bad.nonzero()[0])
+            where = tuple(int(i) for i in torch.unravel_index(torch.tensor(start + index), weight.shape))
+            raise ValueError(
+                f"cannot quantize a weight that holds {part[index].item()} (first at index {where})"
+            )
+    raise AssertionError("every number is finite")
+
+
+# ---- dequantizing ------------------------------------------------------------------------------------------
+
+
+def dequantize(
+    packed: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, out: Tensor, first: int = 0
+) -> Tensor:
+    """Decode a run of numbers into `out`: level times scale, rounded once in float32, then once to out's
+    dtype.
+
+    packed: uint8, the bytes of n numbers; the run begins with a byte. absmax: float32, the scales of the
+    blocks that the run touches. codebook: float32 levels. out: floating point, contiguous, n numbers in any
+    shape; it is written to and returned. first: how many numbers of the first block come before the run.
+    """
+    flat, n = out.view(-1), out.numel()
+    table, per_byte = byte_table(codebook), codes_per_byte(codebook)
+    wide = torch.float32 if per_byte == 1 else torch.int64  # two float32 move as one int64: half the look-ups
+    for start in range(0, n, CHUNK):
+        run = flat[start : start + CHUNK]
+        some_packed = packed[start // per_byte :][: -(-len(run) // per_byte)]
+        in_place = out.dtype == torch.float32 and len(run) % per_byte == run.storage_offset() % per_byte == 0
+        n_levels = len(some_packed) * per_byte
+        levels = run if in_place else scratch("levels", n_levels, torch.float32, out.device)
+        index = scratch("index", len(some_packed), torch.int64, out.device).copy_(some_packed)
+        look_up(table.view(wide).view(-1), index, out=levels.view(wide))
+        values = levels[: len(run)]
+        behind = first + start
+        scale_blocks_(values, absmax[behind // block_size :], block_size, behind % block_size)
+        if not in_place:
+            run.copy_(values)
+    return out
 
 
 def dequantize_scales(
-    absmax_codes: Tensor, nested_absmax: Tensor, nested_codebook: Tensor, offset: Tensor, block_size: int
+    absmax_codes: Tensor,
+    nested_absmax: Tensor,
+    nested_codebook: Tensor,
+    offset: Tensor,
+    block_size: int,
+    first: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Return the scales that `quantize_scales` encoded, float32 (n_blocks,).
+    """Return the scales that `quantize_scales` encoded, float32 (n_blocks,), or write them to `out`.
 
     Product and sum are rounded one after the other (no fused multiply-add), which is what makes the result
     the same bits as bitsandbytes'. The map is the one that came with the scales, because old files hold
-    slightly different ones.
+    slightly different ones. first: how many scales come before these, counted from the block of
+    nested_absmax[0].
     """
-    n = absmax_codes.numel()
-    scales = nested_codebook[absmax_codes.int()]
-    full = n // block_size * block_size
-    scales[:full].view(-1, block_size).mul_(nested_absmax[: n // block_size, None])
-    if full < n:
-        scales[full:].mul_(nested_absmax[-1])
+    n, device = len(absmax_codes), absmax_codes.device
+    index = scratch("index", n, torch.int64, device).copy_(absmax_codes)
+    scales = look_up(nested_codebook, index, out)
+    scale_blocks_(scales, nested_absmax[first // block_size :], block_size, first % block_size)
     return scales.add_(offset)
 
 
-def pair_table(codebook: Tensor) -> Tensor:
-    """Return the levels of every possible byte, float32 (256, 2): one look-up then decodes two weights."""
-    byte = torch.arange(256, device=codebook.device, dtype=torch.int32)
-    return torch.stack([codebook[byte >> 4], codebook[byte & 15]], dim=1)
-
-
-def dequantize(packed: Tensor, absmax: Tensor, pairs: Tensor, block_size: int, out: Tensor) -> Tensor:
-    """Decode a run of whole blocks into `out`: level times scale, rounded once in float32, then once to out's
-    dtype.
-
-    packed: uint8 (ceil(n / 2),), the bytes of n numbers. absmax: float32, their blocks' scales. pairs:
-    `pair_table` of the codebook. out: floating point, contiguous, n numbers in any shape; it is written to
-    and returned.
+def scale_blocks_(values: Tensor, scales: Tensor, block_size: int, first: int = 0) -> None:
+    """Multiply each block of float32 values (n,) by its scale, in place. The first block may have begun, and
+    the last may end, beyond them: `first` numbers of scales[0]'s block come before.
     """
-    n = out.numel()
-    in_place = out.dtype == torch.float32 and n % 2 == 0
-    levels = (
-        out.view(-1, 2)
-        if in_place
-        else torch.empty(packed.numel(), 2, dtype=torch.float32, device=out.device)
-    )
-    # A pair of float32 moves as one int64, found by an int32 index: half the traffic of gathering single
-    # levels by int64.
-    torch.index_select(
-        pairs.view(torch.int64).view(-1), 0, packed.int(), out=levels.view(torch.int64).view(-1)
-    )
-    values = levels.view(-1)[:n]
-    full = n // block_size * block_size
-    values[:full].view(-1, block_size).mul_(absmax[: n // block_size, None])
-    if full < n:
-        values[full:].mul_(absmax[-1])
-    return out if in_place else out.copy_(values.view(out.shape))
+    n = values.numel()
+    head = min(-first % block_size, n)
+    if head:
+        values[:head].mul_(scales[0])
+        scales = scales[1:]
+    full = (n - head) // block_size
+    values[head : head + full * block_size].view(full, block_size).mul_(scales[:full, None])
+    if head + full * block_size < n:
+        values[head + full * block_size :].mul_(scales[full])
+
+
+@lru_cache(maxsize=64)
+def byte_table(codebook: Tensor) -> Tensor:
+    """Return the levels that each possible byte stands for, float32 (256, 2), or (256, 1) for wide codes.
+
+    Bytes with a code that the codebook has not decode to NaN. Made once for each codebook, which is not
+    written to.
+    """
+    byte = torch.arange(256, device=codebook.device)
+    codes = torch.stack([byte >> 4, byte & 15] if codes_per_byte(codebook) == 2 else [byte], dim=1)
+    levels = torch.full((256,), math.nan, dtype=torch.float32, device=codebook.device)
+    levels[: len(codebook)] = codebook
+    return levels[codes]
+
+
+# ---- what both need ----------------------------------------------------------------------------------------
+
+
+def look_up(table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return table[index], (n,), or write it to `out`. table: (m,). index: int64 (n,).
+
+    As rows of one and the same table, because PyTorch looks rows up in parallel, and a single one on one
+    core.
+    """
+    out = table.new_empty(index.shape) if out is None else out
+    rows = 64
+    even = index.numel() // rows * rows
+    torch.gather(table.expand(rows, -1), 1, index[:even].view(rows, -1), out=out[:even].view(rows, -1))
+    if even < index.numel():
+        torch.gather(table, 0, index[even:], out=out[even:])
+    return out
+
+
+_scratch = threading.local()
+
+
+def scratch(name: str, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return n uninitialised numbers that the next call of that name, in this thread, will overwrite.
+
+    A buffer that lives on is warm: on a CPU a fresh one costs a page fault every 4 KiB, which is most of
+    the time of decoding into it. Accelerators have allocators that keep memory.
+    """
+    if device.type != "cpu":
+        return torch.empty(n, dtype=dtype, device=device)
+    n_bytes = n * dtype.itemsize
+    held = getattr(_scratch, name, None)
+    if held is None or len(held) < n_bytes:
+        with torch.inference_mode(False):  # such a tensor could not be written to outside of it
+            held = empty((n_bytes,), torch.uint8, device)
+        setattr(_scratch, name, held)
+    return held[:n_bytes].view(dtype)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised tensor, a large one on huge pages where Linux has them.
+
+    The first touch of a page is a trip to the kernel. In pages of 4 KiB, 64 MiB take 17 ms of them, three
+    times as long as decoding a weight into it; in pages of 2 MiB, 2 ms.
+    """
+    n = math.prod(shape)
+    if device.type != "cpu" or n * dtype.itemsize < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, n * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -19,6 +19,7 @@ import yaml
 from finetune import choose_device
 from minqlora import generate, load_adapter, load_model
 from minqlora.checkpoint import default_dtype
+from minqlora.codebook import QUANT_TYPES
 from minqlora.model import CausalLM
 from minqlora.tokenizer import Message, Tokenizer
 from options import option, parse, user_errors
@@ -41,6 +42,17 @@ class Config:
     bits: Literal[4, 16] | None = option(
         None,
         "bits of the frozen linear layers; 16: no quantization (default: as the adapter was trained, else 4)",
+    )
+    quant_type: str | None = option(
+        None,
+        "levels of the 4-bit code (default: as the adapter was trained, else nf4)",
+        choices=list(QUANT_TYPES),
+    )
+    double_quant: bool | None = option(
+        None, "quantize the scales too (default: as the adapter was trained, else true)"
+    )
+    block_size: int | None = option(
+        None, "weights that share a scale (default: as the adapter was trained, else 64)"
     )
     dtype: Literal["bfloat16", "float32"] | None = option(
         None, "compute dtype (default: what the hardware does well)"
@@ -69,7 +81,13 @@ class Config:
                 path = f"{self.adapter}/config.yaml"
                 raise ValueError(f"{path}: not found, so the base model is not known; give --model")
             self.model = Path(run["model"])
-        self.bits = self.bits or run.get("bits", 4)
+        # An adapter corrects the rounding of the base that it was trained on: another base is another model.
+        for name, default in {"bits": 4, "quant_type": "nf4", "double_quant": True, "block_size": 64}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, run.get(name, default))
+        assert self.block_size is not None
+        if self.block_size < 2 or self.block_size % 2:
+            raise ValueError(f"--block_size must be even, got {self.block_size}")
 
 
 def run_config(folder: Path) -> dict[str, Any]:
@@ -107,12 +125,18 @@ def main() -> None:
     """Load, then answer."""
     config = parse(Config, description=__doc__.split("\n\n")[0] if __doc__ else None)
     with user_errors():
-        assert config.model is not None  # __post_init__ found it
+        # __post_init__ found them.
+        assert config.model and config.block_size and config.double_quant is not None
         tokenizer = Tokenizer(config.model)
         device = choose_device(config.device)
         dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
         model = load_model(
-            config.model, quant_type="nf4" if config.bits == 4 else None, device=device, dtype=dtype
+            config.model,
+            quant_type=config.quant_type if config.bits == 4 else None,
+            double_quant=config.double_quant,
+            block_size=config.block_size,
+            device=device,
+            dtype=dtype,
         )
         if config.adapter is not None:
             load_adapter(model, config.adapter)

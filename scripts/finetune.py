@@ -32,6 +32,7 @@ from tqdm import tqdm
 from minqlora import PagedAdamW, add_lora, load_model, save_adapter
 from minqlora.architecture import read_architecture
 from minqlora.checkpoint import default_dtype, quantized_size, write_atomically
+from minqlora.codebook import QUANT_TYPES
 from minqlora.data import Batch, Example, collate, load_dataset, shuffled, split
 from minqlora.loss import supervised_loss
 from minqlora.model import CausalLM
@@ -58,7 +59,11 @@ class Config:
     )
 
     bits: Literal[4, 16] = option(4, "bits of the frozen linear layers; 16: no quantization")
-    quant_type: Literal["nf4"] = option("nf4", "levels of the 4-bit code")
+    quant_type: str = option(
+        "nf4",
+        "levels of the code; all but nf4 and fp4 are for comparison, and nf5 to nf8 take 8 bits",
+        choices=list(QUANT_TYPES),
+    )
     double_quant: bool = option(True, "quantize the scales too: 4.127 bits per parameter, not 4.5")
     block_size: int = option(64, "weights that share a scale")
 
@@ -183,7 +188,7 @@ def prepare(config: Config) -> Prepared:
             dtype=dtype,
             progress=lambda read, total: show_progress(bar, read, total),
         )
-    print(f"model     {config.model}: {describe_size(model)}")
+    print(f"model     {config.model}: {describe_size(model, config.quant_type)}")
     chosen = "as asked" if config.dtype else "what this hardware does well"
     print(f"compute   {str(dtype).removeprefix('torch.')} on {device} ({chosen})")
     targets = config.lora_target_modules
@@ -218,13 +223,13 @@ def choose_device(name: str | None) -> torch.device:
     return device
 
 
-def describe_size(model: CausalLM) -> str:
+def describe_size(model: CausalLM, quant_type: str) -> str:
     """Return a line on how many parameters a model has and how many bits the quantized ones take."""
     total = sum(parameter.numel() for parameter in model.parameters())
     quantized, held = quantized_size(model)
     if not quantized:
         return f"{total:,} parameters, none quantized"
-    share = f"{quantized:,} of {total:,} parameters in NF4"
+    share = f"{quantized:,} of {total:,} parameters in {quant_type.upper()}"
     return f"{share}, {8 * held / quantized:.3f} bits each ({held / 1e6:.1f} MB)"
 
 

@@ -1,6 +1,7 @@
 """The levels: the published constants, their derivation, and the map for scales, each to the bit."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import norm
 
-from minqlora.codebook import NF4_LEVELS, dynamic_map, nf4, normal_float, shared, thresholds
+from minqlora.codebook import NF4_LEVELS, dynamic_map, levels, normal_float, shared, thresholds
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 
@@ -29,16 +30,16 @@ NF4_BORDERS = [
 
 
 def test_constants_are_those_of_bitsandbytes():
-    assert torch.equal(nf4(), bnb.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(levels("nf4"), bnb.get_4bit_type("nf4", device="cpu"))
 
 
 def test_constants_are_those_of_the_golden_vectors(shared_data: Path):
-    assert torch.equal(nf4(), load_file(shared_data / "golden_bnb.safetensors")["nf4"])
+    assert torch.equal(levels("nf4"), load_file(shared_data / "golden_bnb.safetensors")["nf4"])
 
 
 def test_constants_read_back_to_the_same_float32():
-    assert nf4().dtype == torch.float32
-    assert nf4().tolist() == list(NF4_LEVELS)
+    assert levels("nf4").dtype == torch.float32
+    assert levels("nf4").tolist() == list(NF4_LEVELS)
 
 
 def test_constants_follow_from_the_quantiles_of_a_normal():
@@ -111,29 +112,29 @@ def test_dynamic_map_doubles_its_levels_with_every_power_of_ten():
 
 
 def test_thresholds_are_the_borders_of_bitsandbytes():
-    assert thresholds(nf4()).tolist() == NF4_BORDERS
+    assert thresholds(levels("nf4")).tolist() == NF4_BORDERS
 
 
-@pytest.mark.parametrize("codebook", [nf4, dynamic_map])
+@pytest.mark.parametrize("codebook", [partial(levels, "nf4"), dynamic_map])
 def test_thresholds_are_the_midpoints_rounded_once(codebook):
-    levels = codebook().numpy()
-    midpoints = (levels[:-1].astype(np.float64) + levels[1:]) / 2
+    found = codebook().numpy()
+    midpoints = (found[:-1].astype(np.float64) + found[1:]) / 2
     assert thresholds(codebook()).numpy().tolist() == midpoints.astype(np.float32).tolist()
 
 
 def test_worked_example_of_the_docstring():
     weights = torch.tensor([0.30, -0.02, 0.11, -0.40])
     scaled = weights / weights.abs().max()
-    codes = torch.bucketize(scaled, thresholds(nf4()))
+    codes = torch.bucketize(scaled, thresholds(levels("nf4")))
     assert codes.tolist() == [14, 6, 10, 0]
-    assert [round(level, 4) for level in nf4()[codes].tolist()] == [0.7230, -0.0911, 0.2461, -1.0]
-    assert [round(w, 4) for w in (nf4()[codes] * 0.40).tolist()] == [0.2892, -0.0364, 0.0984, -0.4]
+    assert [round(level, 4) for level in levels("nf4")[codes].tolist()] == [0.7230, -0.0911, 0.2461, -1.0]
+    assert [round(w, 4) for w in (levels("nf4")[codes] * 0.40).tolist()] == [0.2892, -0.0364, 0.0984, -0.4]
 
 
 # -- one codebook for all ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codebook", [nf4, dynamic_map])
+@pytest.mark.parametrize("codebook", [partial(levels, "nf4"), dynamic_map])
 def test_a_device_has_one_codebook_however_it_is_named(codebook):
     assert codebook() is codebook("cpu") is codebook(torch.device("cpu"))
     assert codebook("meta").device == torch.device("meta")

@@ -15,7 +15,7 @@ from torch._functorch.partitioners import default_partition, min_cut_remateriali
 from torch.utils.checkpoint import checkpoint
 
 from minqlora.lora import LoRALinear, adapters_disabled, add_lora, find_targets, lora_layers
-from minqlora.nf4 import NF4Tensor
+from minqlora.nf4 import Format, NF4Tensor
 
 peft = pytest.importorskip("peft")
 
@@ -176,7 +176,7 @@ def test_output_and_gradients_are_those_of_peft_over_bitsandbytes():
         absmax_codes=state.absmax, nested_absmax=state.state2.absmax, nested_codebook=state.state2.code
     )
     ours = lora_layer(64, 6)
-    ours.weight = nn.Parameter(NF4Tensor(parts, (6, 64), torch.float32, 64, 256), requires_grad=False)
+    ours.weight = nn.Parameter(NF4Tensor(parts, torch.float32, Format((6, 64))), requires_grad=False)
     theirs = peft_layer(peft.tuners.lora.Linear4bit, base, ours)
     assert_near([run(layer, layer, 3, 64) for layer in (ours, theirs)])
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minqlora import matmul
-from minqlora.codebook import dynamic_map, nf4
+from minqlora.codebook import dynamic_map, levels
 from minqlora.matmul import cast_linear, cast_linear_backward, nf4_dequantize, nf4_linear
-from minqlora.quantize import dequantize_scales, pair_table, quantize, quantize_scales
+from minqlora.quantize import byte_table, dequantize_scales, quantize, quantize_scales
 
 N, K = 10, 12  # blocks of 64 run over the ends of rows, and the last one is short
 SHAPES = [(10, 12), (7, 9), (3, 128), (5, 1), (1, 5), (65, 2), (9, 100)]
@@ -24,12 +24,13 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 def pack(shape: tuple[int, int], block_size: int = 64, double_quant: bool = True) -> tuple:
     """What the operators take after x: packed, scales, codebook, shape, block_size, nested_block_size."""
-    packed, absmax = quantize(randn(*shape, seed=math.prod(shape)), nf4(), block_size)
+    packed, absmax = quantize(randn(*shape, seed=math.prod(shape)), levels("nf4"), block_size)
     scales = [absmax]
     if double_quant:
-        codes, nested_absmax, offset = quantize_scales(absmax, dynamic_map(), 4)
+        offset = absmax.mean()
+        codes, nested_absmax = quantize_scales(absmax, offset, dynamic_map(), 4)
         scales = [codes, nested_absmax, dynamic_map(), offset]
-    return packed, scales, nf4(), shape, block_size, 4
+    return packed, scales, levels("nf4"), shape, block_size, 4
 
 
 def decoded(parts: tuple, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -58,7 +59,7 @@ def test_tiles_decode_to_the_bits_of_the_whole(shape, block_size, tile, monkeypa
     packed, (codes, nested_absmax, nested_codebook, offset), *_ = parts
     absmax = dequantize_scales(codes, nested_absmax, nested_codebook, offset, 4)
     codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: math.prod(shape)]
-    expected = nf4()[codes.int()] * absmax.repeat_interleave(block_size)[: math.prod(shape)]
+    expected = levels("nf4")[codes.int()] * absmax.repeat_interleave(block_size)[: math.prod(shape)]
     monkeypatch.setattr(matmul, "TILE", tile)
     assert torch.equal(decoded(parts), expected.view(shape))
     assert torch.equal(decoded(parts, torch.bfloat16), expected.view(shape).bfloat16())
@@ -78,7 +79,7 @@ def test_expression_for_the_gpu_decodes_to_the_same_bits(shape, dtype):
     packed, (absmax,), codebook, *_ = parts = pack(shape, double_quant=False)
     with torch.compiler.set_stance("force_eager"):
         decode = matmul.compiled_decode(64, dtype)
-        flat = decode(packed, absmax, pair_table(codebook), math.prod(shape))
+        flat = decode(packed, absmax, byte_table(codebook), math.prod(shape))
     assert torch.equal(flat.view(shape), decoded(parts, dtype))
 
 

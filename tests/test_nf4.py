@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minqlora import nf4 as module
-from minqlora.codebook import dynamic_map, nf4
-from minqlora.nf4 import SHARED_PARTS, NF4Tensor
+from minqlora.codebook import dynamic_map, levels
+from minqlora.nf4 import SHARED_PARTS, Format, NF4Tensor
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 
@@ -39,8 +39,7 @@ def nf4_linear_layer(bias: bool = True, dtype: torch.dtype = torch.float32) -> n
 def assert_same(a: Tensor, b: Tensor) -> None:
     """Both are NF4Tensors with equal parts and facts, and the codebooks are one object."""
     assert isinstance(a, NF4Tensor) and isinstance(b, NF4Tensor)
-    assert (a.shape, a.dtype, a.device, a.block_size) == (b.shape, b.dtype, b.device, b.block_size)
-    assert a.nested_block_size == b.nested_block_size
+    assert (a.shape, a.dtype, a.device, a.format) == (b.shape, b.dtype, b.device, b.format)
     assert a.parts.keys() == b.parts.keys()
     for name, part in a.parts.items():
         assert torch.equal(part, b.parts[name])
@@ -63,7 +62,7 @@ def test_bits_per_parameter_are_those_of_the_bytes_really_held(double_quant: boo
 
 def test_all_tensors_of_a_device_share_their_codebooks():
     for tensor in (nf4_of(3, 5), nf4_of(4, 4, dtype=torch.bfloat16)):
-        assert tensor.codebook is nf4()
+        assert tensor.codebook is levels("nf4")
         assert tensor.nested_codebook is dynamic_map()
 
 
@@ -155,7 +154,7 @@ def test_parts_made_by_bitsandbytes_decode_to_its_bits(shape: tuple[int, int], d
         nested_codebook=state.state2.code,
         offset=state.offset,
     )
-    tensor = NF4Tensor(parts, shape, dtype, state.blocksize, state.state2.blocksize)
+    tensor = NF4Tensor(parts, dtype, Format(shape, state.blocksize, state.state2.blocksize))
     # One row of an even number, for the sake of bitsandbytes: test_quantize.py says why.
     state.shape = torch.Size((1, 2 * packed.numel()))
     theirs = bnb.dequantize_4bit(packed, state).flatten()[: tensor.numel()].view(shape)

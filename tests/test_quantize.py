@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minqlora import quantize as module
-from minqlora.codebook import dynamic_map, nf4, thresholds
-from minqlora.quantize import dequantize, dequantize_scales, pair_table, quantize, quantize_scales
+from minqlora.codebook import dynamic_map, levels, thresholds
+from minqlora.quantize import byte_table, dequantize, dequantize_scales, quantize
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 
@@ -31,15 +31,21 @@ def codes_of(packed: Tensor, n: int) -> Tensor:
 
 
 def decode(packed: Tensor, absmax: Tensor, shape: tuple[int, ...], block_size: int, dtype=torch.float32):
-    return dequantize(packed, absmax, pair_table(nf4()), block_size, torch.empty(shape, dtype=dtype))
+    return dequantize(packed, absmax, levels("nf4"), block_size, torch.empty(shape, dtype=dtype))
 
 
 def bnb_decode(packed: Tensor, absmax: Tensor, shape: tuple[int, ...], block_size: int, dtype=torch.float32):
     # As one row of an even number of weights, because bitsandbytes' CPU kernel with AVX-512 finds the wrong
     # scales where blocks cross rows, and its fallback for an odd row is compiled, which takes seconds.
     n = 2 * packed.numel()
-    state = bnb.QuantState(absmax, (1, n), nf4(), block_size, quant_type="nf4", dtype=dtype)
+    state = bnb.QuantState(absmax, (1, n), levels("nf4"), block_size, quant_type="nf4", dtype=dtype)
     return bnb.dequantize_4bit(packed[:, None], state).flatten()[: np.prod(shape)].view(shape)
+
+
+def quantize_scales(absmax: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, nested absmax and offset of scales, by the rule that is the default."""
+    offset = absmax.double().mean().float()
+    return *module.quantize_scales(absmax, offset, codebook, block_size), offset
 
 
 @st.composite
@@ -57,7 +63,7 @@ def weights(draw: st.DrawFn) -> Tensor:
         elif kind == "zeros":
             part.zero_()
         elif kind == "borders":  # times a power of two, so that the quotient is a border exactly
-            borders = torch.cat([torch.ones(1), thresholds(nf4()), nf4()])
+            borders = torch.cat([torch.ones(1), thresholds(levels("nf4")), levels("nf4")])
             part.copy_(borders.repeat(5)[: len(part)] * 0.25)
         else:
             part.fill_(-0.75)
@@ -68,26 +74,26 @@ def weights(draw: st.DrawFn) -> Tensor:
 
 
 def test_worked_example_of_the_docstring():
-    packed, absmax = quantize(torch.tensor([[0.30, -0.02, 0.11, -0.40]]), nf4(), 4)
+    packed, absmax = quantize(torch.tensor([[0.30, -0.02, 0.11, -0.40]]), levels("nf4"), 4)
     assert packed.tolist() == [0xE6, 0xA0]
     assert absmax.tolist() == [pytest.approx(0.4)]
 
 
 def test_first_of_a_pair_sits_in_the_high_nibble():
-    packed, _ = quantize(nf4(), nf4(), 16)
+    packed, _ = quantize(levels("nf4"), levels("nf4"), 16)
     assert packed.tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF]
 
 
 def test_idle_nibble_of_an_odd_weight_is_the_code_of_zero():
-    packed, absmax = quantize(torch.tensor([[1.0, -1.0, 1.0]]), nf4(), 64)
+    packed, absmax = quantize(torch.tensor([[1.0, -1.0, 1.0]]), levels("nf4"), 64)
     assert packed.tolist() == [0xF0, 0xF7]
     assert absmax.tolist() == [1.0]
 
 
 def test_a_number_on_a_border_takes_the_lower_code():
-    borders = thresholds(nf4())
+    borders = thresholds(levels("nf4"))
     above = torch.nextafter(borders, torch.tensor(2.0))
-    packed, _ = quantize(torch.cat([torch.ones(1), borders, torch.ones(1), above]), nf4(), 16)
+    packed, _ = quantize(torch.cat([torch.ones(1), borders, torch.ones(1), above]), levels("nf4"), 16)
     assert codes_of(packed, 32).tolist() == [15, *range(15), 15, *range(1, 16)]
 
 
@@ -95,7 +101,7 @@ def test_a_full_block_is_multiplied_by_a_reciprocal_and_a_short_one_divided():
     # 0.6956 / 0.8074 is the last border to half an ulp: the two ways to divide fall on its two sides.
     pair = torch.tensor([0.8074228167533875, 0.6955773830413818])
     for padded, code in ((F.pad(pair, (0, 62)), 0xFE), (F.pad(pair, (64, 0)), 0xFF)):
-        packed, _ = quantize(padded, nf4(), 64)
+        packed, _ = quantize(padded, levels("nf4"), 64)
         theirs, _ = bnb.quantize_4bit(padded, blocksize=64, quant_type="nf4")
         assert set(packed.tolist()) == {0x77, code}
         assert torch.equal(packed, theirs[:, 0])
@@ -103,7 +109,7 @@ def test_a_full_block_is_multiplied_by_a_reciprocal_and_a_short_one_divided():
 
 @pytest.mark.parametrize("n", [64, 70, 6, 7])
 def test_a_block_of_zeros_is_all_code_7_and_decodes_to_zeros(n: int):
-    packed, absmax = quantize(torch.zeros(1, n), nf4(), 64)
+    packed, absmax = quantize(torch.zeros(1, n), levels("nf4"), 64)
     assert packed.tolist() == [0x77] * ((n + 1) // 2)
     assert absmax.tolist()[: n // 64] == [0.0] * (n // 64)
     assert torch.equal(decode(packed, absmax, (1, n), 64), torch.zeros(1, n))
@@ -111,20 +117,20 @@ def test_a_block_of_zeros_is_all_code_7_and_decodes_to_zeros(n: int):
 
 def test_blocks_run_on_over_the_ends_of_rows():
     w = torch.arange(1.0, 13).view(3, 4)
-    _, absmax = quantize(w, nf4(), 6)
+    _, absmax = quantize(w, levels("nf4"), 6)
     assert absmax.tolist() == [6.0, 12.0]
 
 
 def test_a_weight_that_is_not_contiguous_is_read_in_row_major_order():
     w = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
-    for got, expected in zip(quantize(w.T, nf4(), 8), quantize(w.T.contiguous(), nf4(), 8), strict=True):
+    for got, expected in zip(quantize(w.T, levels("nf4"), 8), quantize(w.T.contiguous(), levels("nf4"), 8), strict=True):
         assert torch.equal(got, expected)
 
 
 def test_quantizing_does_not_touch_the_weight():
     w = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
     before = w.clone()
-    quantize(w, nf4(), 64)
+    quantize(w, levels("nf4"), 64)
     assert torch.equal(w, before)
 
 
@@ -133,7 +139,7 @@ def test_quantizing_does_not_touch_the_weight():
 @example(torch.tensor([[1e-37] * 64 + [-1e-37, 3e-38]]), 64)
 @example(torch.tensor([[3e38] * 63 + [-3.4e38, 1.0]]), 64)
 def test_codes_and_scales_are_those_of_bitsandbytes(w: Tensor, block_size: int):
-    packed, absmax = quantize(w, nf4(), block_size)
+    packed, absmax = quantize(w, levels("nf4"), block_size)
     theirs, state = bnb.quantize_4bit(w, blocksize=block_size, quant_type="nf4")
     assert torch.equal(packed, theirs[:, 0])
     assert torch.equal(absmax, state.absmax)
@@ -142,10 +148,10 @@ def test_codes_and_scales_are_those_of_bitsandbytes(w: Tensor, block_size: int):
 @settings(max_examples=80, deadline=None)
 @given(weights(), st.sampled_from([2, 6, 64, 1000]))
 def test_every_code_is_of_the_nearest_level(w: Tensor, block_size: int):
-    packed, absmax = quantize(w, nf4(), block_size)
+    packed, absmax = quantize(w, levels("nf4"), block_size)
     flat = w.double().flatten().numpy()
     scales = absmax.double().numpy().repeat(block_size)[: len(flat)]
-    reachable = nf4().double().numpy() * scales[:, None]  # (n, 16): the values that each could decode to
+    reachable = levels("nf4").double().numpy() * scales[:, None]  # (n, 16): the values that each could decode to
     chosen = reachable[np.arange(len(flat)), codes_of(packed, len(flat)).numpy()]
     # The quotient is rounded twice (reciprocal, product) and a border once: three times 2**-24.
     slack = 3 * 2.0**-24 * scales
@@ -155,10 +161,10 @@ def test_every_code_is_of_the_nearest_level(w: Tensor, block_size: int):
 @settings(max_examples=40, deadline=None)
 @given(weights(), st.sampled_from([2, 6, 64]), st.integers(1, 300))
 def test_chunks_change_nothing(w: Tensor, block_size: int, chunk: int):
-    whole = quantize(w, nf4(), block_size)
+    whole = quantize(w, levels("nf4"), block_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
-        in_chunks = quantize(w, nf4(), block_size)
+        in_chunks = quantize(w, levels("nf4"), block_size)
     assert all(torch.equal(a, b) for a, b in zip(whole, in_chunks, strict=True))
 
 
@@ -174,27 +180,27 @@ def test_nan_or_infinity_is_refused_with_the_index_of_the_first(dtype, bad, chun
     w[1, 2] = bad
     w[2, 0] = bad
     with pytest.raises(ValueError, match=rf"holds {bad} \(first at index \(1, 2\)\)"):
-        quantize(w, nf4(), 4)
+        quantize(w, levels("nf4"), 4)
 
 
 def test_bad_number_in_the_short_last_block_is_found():
     w = torch.zeros(1, 5)
     w[0, 4] = float("nan")
     with pytest.raises(ValueError, match=r"holds nan \(first at index \(0, 4\)\)"):
-        quantize(w, nf4(), 4)
+        quantize(w, levels("nf4"), 4)
 
 
 def test_float64_beyond_float32_is_refused_with_its_index():
     w = torch.ones(2, 3, dtype=torch.float64)
     w[1, 1] = -1e300
     with pytest.raises(ValueError, match=r"-1e\+300.*index \(1, 1\)"):
-        quantize(w, nf4(), 4)
+        quantize(w, levels("nf4"), 4)
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
 def test_an_empty_weight_is_refused(shape):
     with pytest.raises(ValueError, match=f"empty weight of shape .{shape[0]}, {shape[1]}."):
-        quantize(torch.empty(shape), nf4(), 64)
+        quantize(torch.empty(shape), levels("nf4"), 64)
 
 
 # -- scales --------------------------------------------------------------------------------------------------
@@ -303,32 +309,32 @@ def test_scales_decode_by_the_map_that_came_with_them():
 # -- decoding ------------------------------------------------------------------------------------------------
 
 
-def test_pair_table_holds_both_nibbles_of_every_byte():
-    table = pair_table(nf4())
+def test_byte_table_holds_both_nibbles_of_every_byte():
+    table = byte_table(levels("nf4"))
     assert table.shape == (256, 2)
     assert table.dtype == torch.float32
     for byte in range(256):
-        assert table[byte].tolist() == [nf4()[byte // 16], nf4()[byte % 16]]
+        assert table[byte].tolist() == [levels("nf4")[byte // 16], levels("nf4")[byte % 16]]
 
 
 @settings(max_examples=80, deadline=None)
 @given(weights(), st.sampled_from([32, 64, 128]), st.sampled_from(FLOATS))
 def test_weights_decode_to_the_bits_of_bitsandbytes(w: Tensor, block_size: int, dtype: torch.dtype):
-    packed, absmax = quantize(w, nf4(), block_size)
+    packed, absmax = quantize(w, levels("nf4"), block_size)
     ours = decode(packed, absmax, tuple(w.shape), block_size, dtype)
     assert torch.equal(ours, bnb_decode(packed, absmax, tuple(w.shape), block_size, dtype))
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
 def test_decoding_to_float64_adds_no_digits(n: int):
-    packed, absmax = quantize(torch.randn(n, generator=torch.Generator().manual_seed(n)), nf4(), 64)
+    packed, absmax = quantize(torch.randn(n, generator=torch.Generator().manual_seed(n)), levels("nf4"), 64)
     exact = decode(packed, absmax, (n,), 64, torch.float64)
     assert torch.equal(exact, decode(packed, absmax, (n,), 64).double())
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
 def test_decoding_does_not_depend_on_the_default_dtype(default: torch.dtype):
-    packed, absmax = quantize(torch.randn(7, 9, generator=torch.Generator().manual_seed(0)), nf4(), 64)
+    packed, absmax = quantize(torch.randn(7, 9, generator=torch.Generator().manual_seed(0)), levels("nf4"), 64)
     expected = decode(packed, absmax, (7, 9), 64, torch.bfloat16)
     torch.set_default_dtype(default)
     try:
@@ -339,8 +345,8 @@ def test_decoding_does_not_depend_on_the_default_dtype(default: torch.dtype):
 
 def test_quantizing_what_was_decoded_gives_the_same_bytes():
     w = torch.randn(9, 70, generator=torch.Generator().manual_seed(0))
-    packed, absmax = quantize(w, nf4(), 64)
-    again, absmax_again = quantize(decode(packed, absmax, (9, 70), 64), nf4(), 64)
+    packed, absmax = quantize(w, levels("nf4"), 64)
+    again, absmax_again = quantize(decode(packed, absmax, (9, 70), 64), levels("nf4"), 64)
     assert torch.equal(again, packed)
     assert torch.equal(absmax_again, absmax)
 
@@ -357,7 +363,7 @@ def test_golden_vectors_encode_and_decode_to_their_bits(case: str, shared_data: 
     nested_map = every["dynamic_map_signed"]
     tensors = {key.removeprefix(case + "."): t for key, t in every.items() if key.startswith(case + ".")}
     shape, block_size = tuple(facts["shape"]), facts["blocksize"]
-    packed, absmax = quantize(tensors["in"], nf4(), block_size)
+    packed, absmax = quantize(tensors["in"], levels("nf4"), block_size)
     assert torch.equal(packed, tensors["packed"][:, 0])
     if facts["double"]:
         # The codes of scales are from a table that misses some levels, so they are decoded and not compared.
@@ -382,8 +388,8 @@ def test_a_gpu_gives_the_same_bytes_and_scales(dtype: torch.dtype, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 500)
     w = torch.randn(37, 101, generator=torch.Generator().manual_seed(0)).to(dtype)
     w[5] = 0
-    packed, absmax = quantize(w, nf4(), 64)
-    there = quantize(w.cuda(), nf4("cuda"), 64)
+    packed, absmax = quantize(w, levels("nf4"), 64)
+    there = quantize(w.cuda(), levels("nf4", "cuda"), 64)
     scales = quantize_scales(absmax, dynamic_map(), 16)
     scales_there = quantize_scales(absmax.cuda(), dynamic_map("cuda"), 16)
     for here, gpu in zip((packed, absmax, *scales), (*there, *scales_there), strict=True):
