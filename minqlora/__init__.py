@@ -10,12 +10,12 @@ and a chapter imports only those above it, so the package reads from top to bott
 
     Part I, the method                 Part II, a transformer around it     Part III, a run
      1 codebook    the 16 levels        8 architecture  config.json          17 run     the folder of a run
-     3 quantize    blocks and scales    9 model         the network
-     4 matmul      decode and multiply 10 checkpoint    files to a model
-     5 nf4         NF4Tensor           11 adapter       PEFT folders
-     6 lora        the adapters        12 tokenizer     text and templates
-     7 optim       PagedAdamW          13 data          rows to labels
-                                       14 loss          cross entropy
+     2 reference   all of it, in NumPy  9 model         the network
+     3 quantize    blocks and scales   10 checkpoint    files to a model
+     4 matmul      decode and multiply 11 adapter       PEFT folders
+     5 nf4         NF4Tensor           12 tokenizer     text and templates
+     6 lora        the adapters        13 data          rows to labels
+     7 optim       PagedAdamW          14 loss          cross entropy
                                        15 generate      one token at a time
 
 Letters, in every shape comment: B batch, T time (positions), D width of the residual stream, H heads, Hd

@@ -38,11 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minqlora.quantize import byte_table, codes_per_byte, dequantize, dequantize_scales, scratch
+from minqlora.quantize import byte_table, codes_per_byte, dequantize, dequantize_scales, empty, scratch
 
-# Bytes of decoded weights at a time: about a core's share of the last cache. With what decoding needs
-# besides, the scratch of a thread stays under 16 MiB, whatever the matrix.
-TILE = 2**23
+# Numbers in a tile of decoded weights: 8 MiB of float32, about a core's share of the last cache. With what
+# decoding needs besides, the scratch of a thread stays under 16 MiB, whatever the matrix.
+TILE = 2**21
 WINDOW = 2**18  # scales decoded at a time: 1 MiB of float32
 
 Tiles = Iterator[
@@ -108,14 +108,18 @@ def nf4_dequantize(
     packed: Tensor,
     scales: list[Tensor],
     codebook: Tensor,
-    out: Tensor,
+    shape: tuple[int, int],
     block_size: int,
     nested_block_size: int,
     nested_first: int = 0,
+    *,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Decode a whole weight into `out` (N, K), any floating dtype, and return it."""
-    n_rows, n_columns = out.shape
-    sizes = (n_rows, n_columns, block_size, nested_block_size, nested_first)
+    """Return the decoded weight (N, K) in `dtype`, or write it to `out` (N, K), any floating dtype."""
+    sizes = (*shape, block_size, nested_block_size, nested_first)
+    if out is None:
+        return _nf4_decoded(packed, scales, codebook, *sizes, dtype)
     into = out if out.is_contiguous() else None
     for rows, tile in _nf4_tiles(packed, scales, codebook, *sizes, out.dtype, into):
         if into is None:
@@ -149,7 +153,7 @@ def _nf4_tiles(
         return
     # A tile begins with a byte: of rows of odd width, every other one does.
     granule = per_byte if n_columns % per_byte else 1
-    step = max(TILE // (n_columns * dtype.itemsize) // granule, 1) * granule
+    step = max(TILE // n_columns // granule, 1) * granule
     window = slice(
         0, 0
     )  # the blocks whose scales are decoded: those of many tiles, for the sake of small ones
@@ -183,7 +187,7 @@ def _absmax(scales: list[Tensor], first: int, last: int, nested_block_size: int,
 
 def _cast_tiles(weight: Tensor, dtype: torch.dtype) -> Tiles:
     n_columns = weight.shape[1]
-    step = max(TILE // (n_columns * dtype.itemsize), 1)
+    step = max(TILE // n_columns, 1)
     for start in range(0, len(weight), step):
         rows = slice(start, min(start + step, len(weight)))
         tile = scratch("tile", (rows.stop - rows.start) * n_columns, dtype, weight.device)
@@ -264,6 +268,23 @@ def _nf4_backward(
     return _multiply_transposed(grad_y, n_columns, _nf4_tiles(packed, scales, codebook, *sizes, grad_y.dtype))
 
 
+@torch.library.custom_op("minqlora::nf4_dequantize", mutates_args=())
+def _nf4_decoded(
+    packed: Tensor,
+    scales: list[Tensor],
+    codebook: Tensor,
+    n_rows: int,
+    n_columns: int,
+    block_size: int,
+    nested_block_size: int,
+    nested_first: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = empty((n_rows, n_columns), dtype, packed.device)
+    sizes = (block_size, nested_block_size, nested_first)
+    return nf4_dequantize(packed, scales, codebook, (n_rows, n_columns), *sizes, dtype=dtype, out=out)
+
+
 @torch.library.custom_op("minqlora::cast_linear", mutates_args=())
 def _cast_forward(x: Tensor, weight: Tensor) -> Tensor:
     return _multiply(x, len(weight), _cast_tiles(weight, x.dtype))
@@ -277,6 +298,11 @@ def _cast_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
 _nf4_forward.register_fake(lambda x, packed, scales, codebook, n_rows, *_: x.new_empty(len(x), n_rows))
 _nf4_backward.register_fake(
     lambda g, packed, scales, codebook, n_rows, n_columns, *_: g.new_empty(len(g), n_columns)
+)
+_nf4_decoded.register_fake(
+    lambda packed, scales, codebook, n_rows, n_columns, block_size, nested_block_size, nested_first, dtype: (
+        packed.new_empty(n_rows, n_columns, dtype=dtype)
+    )
 )
 _cast_forward.register_fake(lambda x, weight: x.new_empty(len(x), len(weight)))
 _cast_backward.register_fake(lambda g, weight: g.new_empty(len(g), weight.shape[1]))

@@ -207,16 +207,21 @@ class NF4Tensor(Tensor):
         Raises ValueError for an `out` of another shape, on another device, or of another dtype than the one
         asked for.
         """
-        if out is None:
-            decoded = quantize.empty(self.format.shape, dtype or self.dtype, self.device)
-        elif out.shape != self.shape:
+        if out is not None and out.shape != self.shape:
             raise ValueError(f"out must have the weight's shape {tuple(self.shape)}, got {tuple(out.shape)}")
-        elif out.device != self.device or (dtype or out.dtype) != out.dtype or not out.is_floating_point():
-            wanted = dtype or "floating point"
-            raise ValueError(f"out must be {wanted} on {self.device}, got {out.dtype} on {out.device}")
-        else:
-            decoded = _as_matrix(out, self.format)
-        matmul.nf4_dequantize(self.packed, self.scales, self.codebook, decoded, *self.format.sizes[1:])
+        if out is not None and (
+            out.device != self.device or not out.is_floating_point() or (dtype or out.dtype) != out.dtype
+        ):
+            wanted = f"{dtype or 'floating point'} on {self.device}"
+            raise ValueError(f"out must be {wanted}, got {out.dtype} on {out.device}")
+        decoded = matmul.nf4_dequantize(
+            self.packed,
+            self.scales,
+            self.codebook,
+            *self.format.sizes,
+            dtype=dtype or self.dtype,
+            out=None if out is None else _as_matrix(out, self.format),
+        )
         if out is not None:
             return out
         return {"matrix": decoded, "transposed": decoded.T, "flat": decoded.view(-1)}[self.format.view]

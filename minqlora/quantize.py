@@ -63,10 +63,10 @@ from torch import Tensor
 
 from minqlora.codebook import thresholds
 
-# Numbers worked on at a time, in both directions: large enough that an operator's fixed cost is nothing,
-# small enough for the caches. With the scratch below, 26 MiB are needed to quantize and 8 MiB to
-# dequantize, whatever the size of the matrix.
-CHUNK = 2**20
+# Numbers worked on at a time: so many that an operator's fixed cost is nothing, so few that they stay in the
+# caches. Quantizing then needs 11 MiB besides its result, and decoding 8, whatever the size of the matrix.
+CHUNK = 2**19
+RUN = 2**20
 
 # Smallest number a scale is taken for when dividing by it: 1 / 0 would make NaN of a block of zeros.
 TINY = 1e-38
@@ -96,7 +96,8 @@ def quantize(weight: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor,
     for start in range(0, n, step):
         numbers = _part(weight, start, start + step).float()
         scales = largest_magnitudes(numbers, block_size)
-        codes = encode(_scale_down(numbers, scales, block_size), codebook)
+        scaled = _scale_down(numbers, scales, block_size)
+        codes = encode(scaled, codebook, out=scratch("codes", len(scaled), torch.uint8, weight.device))
         _pack(codes, codebook, out=packed[start // per_byte : -(-(start + len(codes)) // per_byte)])
         absmax[start // block_size :][: len(scales)] = scales
     # One look at the scales finds any bad number: amax passes NaN and infinity on.
@@ -202,7 +203,7 @@ def largest_magnitudes(numbers: Tensor, block_size: int) -> Tensor:
     That of a short last block is at least 1e-38, as in bitsandbytes.
     """
     full = numbers.numel() // block_size * block_size
-    magnitudes = scratch("magnitudes", full, torch.float32, numbers.device)
+    magnitudes = scratch("numbers", full, torch.float32, numbers.device)
     torch.abs(numbers[:full], out=magnitudes)
     scales = magnitudes.view(-1, block_size).amax(dim=1)
     if full < numbers.numel():
@@ -213,7 +214,7 @@ def largest_magnitudes(numbers: Tensor, block_size: int) -> Tensor:
 def _scale_down(numbers: Tensor, scales: Tensor, block_size: int) -> Tensor:
     # -> numbers in [-1, 1], float32 (n,) in the scratch.
     full = numbers.numel() // block_size * block_size
-    scaled = scratch("magnitudes", numbers.numel(), torch.float32, numbers.device)
+    scaled = scratch("numbers", numbers.numel(), torch.float32, numbers.device)
     reciprocal = (1.0 / scales[: full // block_size].clamp(min=TINY))[:, None]
     torch.mul(numbers[:full].view(-1, block_size), reciprocal, out=scaled[:full].view(-1, block_size))
     if full < numbers.numel():  # a short last block is divided
@@ -221,38 +222,36 @@ def _scale_down(numbers: Tensor, scales: Tensor, block_size: int) -> Tensor:
     return scaled
 
 
-def encode(scaled: Tensor, codebook: Tensor) -> Tensor:
+def encode(scaled: Tensor, codebook: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the code of each number: how many borders between levels lie strictly below it, uint8 (n,).
 
-    scaled: float32 (n,). codebook: float32 levels; codes are places in it, ascending or not.
+    scaled: float32 (n,). codebook: float32 levels; codes are places in it, ascending or not. out: where to
+    write the codes.
     """
-    tables = _encoding_tables(codebook)
+    tables, n, device = _encoding_tables(codebook), scaled.numel(), scaled.device
+    out = torch.empty(n, dtype=torch.uint8, device=device) if out is None else out
     if tables.lower is None or tables.border_inside is None:
-        codes = torch.bucketize(scaled, tables.borders, out_int32=True).to(torch.uint8)
+        out.copy_(torch.bucketize(scaled, tables.borders, out_int32=True))
     else:
-        n, device = scaled.numel(), scaled.device
-        border = scratch("border", n, torch.float32, device)
+        border = scratch("tile", n, torch.float32, device)
         pattern = torch.bitwise_right_shift(scaled.view(torch.int32), 16, out=border.view(torch.int32))
         index = scratch("index", n, torch.int64, device).copy_(pattern).bitwise_and_(0xFFFF)
-        codes = look_up(tables.lower, index)
-        look_up(tables.border_inside, index, out=border)
-        above = torch.gt(scaled, border, out=scratch("above", n, torch.bool, device))
-        codes += above.view(torch.uint8)
-    return codes if tables.order is None else tables.order[codes.int()]
+        look_up(tables.lower, index, out)
+        look_up(tables.border_inside, index, border)
+        out += torch.gt(scaled, border, out=scratch("above", n, torch.bool, device)).view(torch.uint8)
+    return out if tables.order is None else out.copy_(tables.order[out.int()])
 
 
 class _EncodingTables(NamedTuple):
+    """How codes are found: tables over a float's upper 16 bits, None where two borders share these."""
+
     borders: Tensor  # float32, ascending
-    lower: (
-        Tensor | None
-    )  # uint8 (65536,): by a float's upper 16 bits, the code of the least number that has them
-    border_inside: (
-        Tensor | None
-    )  # float32 (65536,): the border among those numbers; infinity if there is none
+    lower: Tensor | None  # uint8 (65536,): the place of the least number with these bits among the borders
+    border_inside: Tensor | None  # float32 (65536,): the border between such numbers; infinity if none is
     order: Tensor | None  # uint8: the codes of ascending levels; None if they are 0, 1, 2 ...
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _encoding_tables(codebook: Tensor) -> _EncodingTables:
     order = codebook.argsort(stable=True)
     borders = thresholds(codebook[order])
@@ -260,9 +259,7 @@ def _encoding_tables(codebook: Tensor) -> _EncodingTables:
     codes = None if ascending else order.to(torch.uint8)
     patterns = (borders.view(torch.int32) >> 16) & 0xFFFF  # the upper 16 bits of each border
     if len(patterns.unique()) < len(patterns):
-        return _EncodingTables(
-            borders, None, None, codes
-        )  # two borders in one pattern: no table tells them apart
+        return _EncodingTables(borders, None, None, codes)
     pattern = torch.arange(2**16, dtype=torch.int32, device=codebook.device)
     # Below zero a larger pattern is a smaller number, and the least has all lower bits set.
     lower_bits = (pattern >= 2**15).to(torch.int32) * 0xFFFF
@@ -333,12 +330,12 @@ def dequantize(
     flat, n = out.view(-1), out.numel()
     table, per_byte = byte_table(codebook), codes_per_byte(codebook)
     wide = torch.float32 if per_byte == 1 else torch.int64  # two float32 move as one int64: half the look-ups
-    for start in range(0, n, CHUNK):
-        run = flat[start : start + CHUNK]
+    for start in range(0, n, RUN):
+        run = flat[start : start + RUN]
         some_packed = packed[start // per_byte :][: -(-len(run) // per_byte)]
         in_place = out.dtype == torch.float32 and len(run) % per_byte == run.storage_offset() % per_byte == 0
         n_levels = len(some_packed) * per_byte
-        levels = run if in_place else scratch("levels", n_levels, torch.float32, out.device)
+        levels = run if in_place else scratch("numbers", n_levels, torch.float32, out.device)
         index = scratch("index", len(some_packed), torch.int64, out.device).copy_(some_packed)
         look_up(table.view(wide).view(-1), index, out=levels.view(wide))
         values = levels[: len(run)]

@@ -85,8 +85,7 @@ class Config:
         for name, default in {"bits": 4, "quant_type": "nf4", "double_quant": True, "block_size": 64}.items():
             if getattr(self, name) is None:
                 setattr(self, name, run.get(name, default))
-        assert self.block_size is not None
-        if self.block_size < 2 or self.block_size % 2:
+        if not isinstance(self.block_size, int) or self.block_size < 2 or self.block_size % 2:
             raise ValueError(f"--block_size must be even, got {self.block_size}")
 
 

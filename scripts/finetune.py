@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from minqlora import PagedAdamW, add_lora, load_model, save_adapter
 from minqlora.architecture import read_architecture
-from minqlora.checkpoint import default_dtype, quantized_size, write_atomically
+from minqlora.checkpoint import SAVED_QUANT_TYPES, default_dtype, quantized_size, write_atomically
 from minqlora.codebook import QUANT_TYPES
 from minqlora.data import Batch, Example, collate, load_dataset, shuffled, split
 from minqlora.loss import supervised_loss
@@ -189,6 +189,9 @@ def prepare(config: Config) -> Prepared:
             progress=lambda read, total: show_progress(bar, read, total),
         )
     print(f"model     {config.model}: {describe_size(model, config.quant_type)}")
+    if config.bits == 4 and config.quant_type not in SAVED_QUANT_TYPES:
+        saved = " and ".join(SAVED_QUANT_TYPES)
+        print(f"          {config.quant_type} is for comparison: of 4-bit weights only {saved} can be saved")
     chosen = "as asked" if config.dtype else "what this hardware does well"
     print(f"compute   {str(dtype).removeprefix('torch.')} on {device} ({chosen})")
     targets = config.lora_target_modules

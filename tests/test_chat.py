@@ -298,22 +298,35 @@ def test_a_conversation_that_the_template_refuses_is_one_line_and_code_2(
     assert "System role not supported" in error
 
 
-def test_a_run_answers_with_the_bits_that_it_was_trained_with(
+@pytest.mark.parametrize(
+    ("name", "value"), [("bits", 16), ("quant_type", "int4"), ("double_quant", False), ("block_size", 32)]
+)
+def test_a_run_answers_with_the_base_that_it_was_trained_on(
     tiny_model: Path,
     tmp_path: Path,
     run_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    name: str,
+    value: Any,
 ) -> None:
     for path in run_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    with open(tmp_path / "config.yaml", "a") as file:
-        file.write("bits: 16\n")
-    options = ["--adapter", str(tmp_path), "--prompt", "Hi", "--max_new_tokens", "8"]
-    talk(monkeypatch, *options, "--bits", "16")
+    loaded: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        chat, "load_model", lambda *args, **options: loaded.append(options) or load_model(*args, **options)
+    )
+    options = ["--prompt", "Hi", "--max_new_tokens", "8"]
+    talk(monkeypatch, "--adapter", str(run_folder), *options, f"--{name}", str(value).lower())
     expected = capsys.readouterr().out
-    talk(monkeypatch, *options)
+    with open(tmp_path / "config.yaml", "a") as file:
+        file.write(f"{name}: {str(value).lower()}\n")
+    talk(monkeypatch, "--adapter", str(tmp_path), *options)
     assert capsys.readouterr().out == expected
+    given, found = loaded
+    default = dict(quant_type="nf4", double_quant=True, block_size=64)
+    changed = {"quant_type": None} if name == "bits" else {name: value}
+    assert found.items() >= (default | changed).items() and given == found
 
 
 def test_the_real_command_answers_on_stdout_alone(tiny_model: Path, run_folder: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import finetune
+from minqlora.codebook import QUANT_TYPES
 from minqlora.data import IGNORE, load_dataset, shuffled
 from minqlora.lora import lora_layers
 from minqlora.tokenizer import Tokenizer
@@ -366,6 +367,28 @@ def test_the_demos_bits_per_parameter_are_printed_at_load(
     assert len(prepared.train) > 300 and prepared.held_out == []
 
 
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_every_quant_type_trains_and_says_whether_it_can_be_saved(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str], quant_type: str
+) -> None:
+    folder = run(quant_type=quant_type, eval_dataset="rows.jsonl", max_steps=8, per_device_train_batch_size=3)
+    first, *_, last = [row["eval_loss"] for row in metrics(folder) if "eval_loss" in row]
+    assert last < first
+    out = capsys.readouterr().out
+    bits = 8 if quant_type in ("nf5", "nf6", "nf7", "nf8") else 4
+    assert f" parameters in {quant_type.upper()}, {bits}." in out
+    assert (f"{quant_type} is for comparison" in out) == (quant_type not in ("nf4", "fp4"))
+    assert f"quant_type: {quant_type}\n" in (folder / "config.yaml").read_text()
+
+
+def test_another_quant_type_is_one_line_with_the_nearest(run: Callable[..., Path], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(quant_type="nf9")
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--quant_type" in line and "nf9" in line and "nf8" in line
+
+
 def test_options_reach_what_they_are_for(
     run: Callable[..., Path], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -377,7 +400,7 @@ def test_options_reach_what_they_are_for(
     prepared = finetune.prepare(config)
     model, train, held_out = prepared.model, prepared.train, prepared.held_out
     weight, layers = model.model.layers[0].mlp.up_proj.weight, lora_layers(model)
-    assert (weight.block_size, weight.absmax_codes, model.compute_dtype) == (32, None, torch.bfloat16)
+    assert (weight.format.block_size, weight.absmax_codes, model.compute_dtype) == (32, None, torch.bfloat16)
     assert list(layers) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert {(layer.r, layer.alpha, layer.dropout.p) for layer in layers.values()} == {(3, 5.0, 0.25)}
     assert (len(train), len(held_out), prepared.folder) == (7, 2, Path("runs/tiny-1"))
