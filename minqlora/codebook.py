@@ -3,7 +3,8 @@
 Weights of a trained network look normal around zero, so the 16 levels of NF4 (4-bit NormalFloat) are put
 where a normal distribution has equal mass between neighbours: close together near 0, where most weights are,
 and far apart near the ends. A block of weights is divided by its largest magnitude first, so the levels need
-only cover [-1, 1].
+only cover [-1, 1]. (The normal of the formula ends at 1.85 standard deviations, the blocks of 64 normal
+weights at 2.6 on average: there an inner code stands for 3.6 to 9.3 % of the weights, not for a sixteenth.)
 
 Four weights, worked by hand::
 
@@ -16,7 +17,7 @@ Four weights, worked by hand::
 
 What else the 16 levels could be, for comparison, each as close as it comes to 0.275::
 
-    nf4        normal quantiles, an exact zero          0.2461    equal mass: every code is used as often
+    nf4        normal quantiles, an exact zero          0.2461    equal mass of the normal it is made from
     int4       -7/7, -6/7 ... 7/7, evenly spaced        0.2857    as fine at the ends, where few weights are
     fp4        bitsandbytes' float, 1 + 2 + 1 bits      0.3333    0.0052 and then nothing before 0.1667
     fp4_e2m1   the OCP standard's float, 1 + 2 + 1      0.25      ends at 6 = 1.5 * 2 ** 2
@@ -126,10 +127,11 @@ def floating_point(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
 def quantile_levels(array: np.ndarray, bits: int = 4, bins: int | None = None) -> np.ndarray:
     """Return the levels that split an array's own numbers into 2**bits equal shares: quantile quantization.
 
-    Each level is the median of its share, so every code will be used as often: the most that k bits can
-    tell about these numbers. It costs a sort; with `bins` only a histogram of that many bins, and each
-    level is then right to a bin's width. What it costs besides is the outliers: few numbers get few
-    levels, and an outlier may be decoded to half its size or less.
+    Each level is the median of its share, so every code will be used as often, which is the most that a
+    code of k bits can tell. It is not the least error: few numbers get few levels, and outliers are lost,
+    at 10 standard deviations to the outermost level near 2. It costs a sort; with `bins` only a histogram
+    of that many bins, and each level is then right to a bin's width, which is the range over `bins` and so
+    grows with outliers.
 
     array: numbers of any shape, finite. Returns float32 (2**bits,), ascending. Raises ValueError for an empty
     array. Source: the paper, "Block-wise k-bit Quantization" and "4-bit NormalFloat Quantization".
