@@ -36,8 +36,9 @@ lint: .venv/.test ## check style, formatting and types: ruff, mypy
 	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m mypy
 
-bench: .venv/.test ## measure speed and memory on this machine
-	.venv/bin/python scripts/bench.py $(ARGS)
+# Without ARGS, the training step: make bench ARGS="quant --output docs/results/quant_cpu.json"
+bench: .venv/.test ## measure on this machine; ARGS names what: train, quant or error, and its options
+	.venv/bin/python scripts/bench.py $(or $(ARGS),train)
 
 figures: .venv/.test ## redraw the figures of the README
 	.venv/bin/python scripts/figures.py $(ARGS)
@@ -65,6 +66,6 @@ assets: .venv/.test
 	@touch $@
 
 .venv/.test: .venv/.demo
-	@echo "Installing pytest, ruff, mypy, transformers, peft, bitsandbytes into .venv (once, a few minutes) ..."
+	@echo "Installing pytest, ruff, mypy, transformers, peft, bitsandbytes, torchao into .venv (once, a few minutes) ..."
 	@$(install) '.[demo,plots,dev,parity]'
 	@touch $@

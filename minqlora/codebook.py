@@ -19,7 +19,7 @@ What else the 16 levels could be, for comparison, each as close as it comes to 0
 
     nf4        normal quantiles, an exact zero          0.2461    equal mass of the normal it is made from
     int4       -7/7, -6/7 ... 7/7, evenly spaced        0.2857    as fine at the ends, where few weights are
-    fp4        bitsandbytes' float, 1 + 2 + 1 bits      0.3333    0.0052 and then nothing before 0.1667
+    fp4        bitsandbytes' float, 1 + 2 + 1 bits      0.25      0.0052, and then nothing before 0.1667
     fp4_e2m1   the OCP standard's float, 1 + 2 + 1      0.25      ends at 6 = 1.5 * 2 ** 2
     fp4_e3m0   powers of two, 1 + 3 + 0                 0.25      1/64, 1/32 ... 1: nothing between 1/2 and 1
     quantile   the quantiles of the weight              its own   NormalFloat's origin; one codebook a matrix
