@@ -141,11 +141,9 @@ def quantile_levels(array: np.ndarray, bits: int = 4, bins: int | None = None) -
         raise ValueError("quantile levels need at least one number")
     share = (np.arange(2**bits) + 0.5) / 2**bits
     if bins is None:
-        return np.quantile(numbers, share).astype(np.float32)
+        return np.quantile(numbers, share, method="hazen").astype(np.float32)
     counts, edges = np.histogram(numbers, bins=bins)
-    below = (
-        np.concatenate([[0], counts.cumsum()]) / numbers.size
-    )  # (bins + 1,): share of numbers under an edge
+    below = np.concatenate([[0], counts.cumsum()]) / numbers.size  # (bins + 1,): share of numbers under each
     return np.interp(share, below, edges).astype(np.float32)
 
 
@@ -178,7 +176,7 @@ def levels(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
     if QUANT_TYPES.get(quant_type) is None:
         known = ", ".join(name for name, fixed in QUANT_TYPES.items() if fixed is not None)
         raise ValueError(f"quant_type {quant_type!r} has no fixed levels; those that have: {known}")
-    return shared(torch.tensor(np.array(QUANT_TYPES[quant_type], dtype=np.float32)), device)
+    return shared(torch.from_numpy(np.array(QUANT_TYPES[quant_type], dtype=np.float32)), device)
 
 
 @cache
@@ -208,7 +206,8 @@ _SHARED: dict[tuple[bytes, torch.device], Tensor] = {}  # by content and device
 
 def shared(levels: Tensor, device: torch.device | str) -> Tensor:
     """Return the one codebook on `device` that equals `levels`, so that all layers of a model share one."""
-    placed = levels.to(device)
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass later
+        placed = (levels.clone() if levels.is_inference() else levels).to(device)
     key = levels.cpu().numpy().tobytes(), placed.device  # the tensor's own device: "cuda" is "cuda:0"
     return _SHARED.setdefault(key, placed)
 

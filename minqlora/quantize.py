@@ -50,6 +50,7 @@ Paper: "Block-wise k-bit Quantization", "Double Quantization".
 Before: reference. Next: matmul.
 """
 
+import contextlib
 import math
 import mmap
 import threading
@@ -156,10 +157,10 @@ def quantize_scales(
     # Padded with zeros, which never raise a maximum.
     blocks = F.pad(centred, (0, -n % block_size)).view(-1, block_size)
     nested_absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / nested_absmax)[:, None]).view(-1)[:n]
+    scaled = (blocks * (1.0 / nested_absmax)[:, None]).view(-1)[:n].clamp_(-1, 1)
     if scale_rule == "table":
         # A number is rounded to one of 65,536 steps over [-1, 1], and what takes a code is the step.
-        step = ((scaled.clamp(-1, 1) + 1) * 0.5 * 65535 + 0.5).floor()
+        step = ((scaled + 1) * 0.5 * 65535 + 0.5).floor()
         codes = encode(step * 2 / 65535 - 1, codebook)
     else:
         codes = encode(scaled, codebook)
@@ -262,7 +263,7 @@ def _encoding_tables(codebook: Tensor) -> _EncodingTables:
         return _EncodingTables(borders, None, None, codes)
     pattern = torch.arange(2**16, dtype=torch.int32, device=codebook.device)
     # Below zero a larger pattern is a smaller number, and the least has all lower bits set.
-    lower_bits = (pattern >= 2**15).to(torch.int32) * 0xFFFF
+    lower_bits = ((pattern >= 2**15) & (pattern != 0xFF80)).to(torch.int32) * 0xFFFF  # but -infinity
     least = (pattern << 16 | lower_bits).view(torch.float32)
     lower = torch.bucketize(least, borders).to(torch.uint8)
     border_inside = torch.full((2**16,), math.inf, dtype=torch.float32, device=codebook.device)
@@ -290,8 +291,14 @@ def _part(weight: Tensor, start: int, stop: int) -> Tensor:
     # not contiguous.
     if weight.is_contiguous():
         return weight.view(-1)[start:stop]
+    if weight.dim() == 1:
+        return weight[start:stop].contiguous()
     width = weight[0].numel()
-    rows = weight[start // width : -(-stop // width)].reshape(-1)
+    first, last = start // width, -(-min(stop, weight.numel()) // width)
+    if width > stop - start:  # of stacked matrices, a part of one or two
+        ends = [(max(start - i * width, 0), min(stop - i * width, width)) for i in range(first, last)]
+        return torch.cat([_part(weight[i], *end) for i, end in zip(range(first, last), ends, strict=True)])
+    rows = weight[first:last].reshape(-1)
     return rows[start % width :][: stop - start]
 
 
@@ -363,8 +370,11 @@ def dequantize_scales(
     nested_absmax[0].
     """
     n, device = len(absmax_codes), absmax_codes.device
-    index = scratch("index", n, torch.int64, device).copy_(absmax_codes)
-    scales = look_up(nested_codebook, index, out)
+    scales = torch.empty(n, dtype=torch.float32, device=device) if out is None else out
+    for start in range(0, n, RUN):
+        some = absmax_codes[start : start + RUN]
+        index = scratch("index", len(some), torch.int64, device).copy_(some)
+        look_up(nested_codebook, index, out=scales[start : start + RUN])
     scale_blocks_(scales, nested_absmax[first // block_size :], block_size, first % block_size)
     return scales.add_(offset)
 
@@ -446,5 +456,6 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     if device.type != "cpu" or n * dtype.itemsize < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, n * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)

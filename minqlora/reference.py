@@ -104,7 +104,15 @@ def quantize(
     elif double_quant:
         raise ValueError("a fixed absmax is kept as it is: absmax and double_quant exclude each other")
     else:
-        scales = np.broadcast_to(np.asarray(absmax, dtype=np.float32), block[-1] + 1).copy()
+        with np.errstate(over="ignore"):
+            given = np.asarray(absmax).astype(np.float32)
+        n_blocks = block[-1] + 1
+        if given.shape not in ((), (n_blocks,)):
+            raise ValueError(
+                f"absmax must be one number or one for each of {n_blocks} blocks, got {given.shape}"
+            )
+        scales = np.broadcast_to(given, n_blocks).copy()
+        n_full = n_blocks  # always by the reciprocal, so that a number has one code wherever it stands
         if not (np.isfinite(scales) & (scales > 0)).all():
             raise ValueError(f"absmax must be positive and finite, got {absmax}")
     reciprocal = np.float32(1) / np.maximum(scales, TINY)
@@ -128,7 +136,8 @@ def _quantize_scales(quantized: Quantized) -> Quantized:
     offset = np.float32(scales.mean(dtype=np.float64))
     centred = scales - offset
     nested = np.maximum.reduceat(np.abs(centred), np.arange(0, scales.size, NESTED_BLOCK_SIZE))
-    scaled = centred * (np.float32(1) / np.maximum(nested, TINY))[block]
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        scaled = np.clip(centred * (np.float32(1) / nested)[block], -1, 1)
     borders = (levels[:-1] + levels[1:]) / 2
     codes = np.searchsorted(borders, scaled)
     on_border = scaled == borders[np.minimum(codes, 254)]
