@@ -274,6 +274,8 @@ def unflatten_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key in [key for key in tensors if _STATE in key]:
         name, _, quant_type = key.partition(_STATE)
         own = {key: state_dict.pop(key)}
+        if isinstance(state_dict.get(name), NF4Tensor):
+            raise ValueError(f"{key}: a second quantization state of {name}")
         for suffix in ("", *(f".{suffix}" for suffix in _PART_NAMES.values())):
             if name + suffix in state_dict:
                 own[name + suffix] = state_dict.pop(name + suffix)
@@ -292,9 +294,13 @@ def _unflatten(name: str, quant_type: str, tensors: Mapping[str, Tensor]) -> NF4
             format = replace(format, nested_block_size=int(state["nested_blocksize"]))
             offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
         sound = (
-            dtype.is_floating_point and min(*format.shape, format.block_size, format.nested_block_size) > 0
+            dtype.is_floating_point
+            and min(*format.shape, format.block_size, format.nested_block_size) > 0
+            and format.block_size % 2 == 0
+            and ("nested_blocksize" not in state or bool(offset.isfinite()))
+            and state.get("quant_type") == quant_type
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{key}: not a quantization state ({type(error).__name__}: {error})") from None
     if not sound or quant_type not in SAVED_QUANT_TYPES:
         raise ValueError(f"{key}: not a quantization state ({state})")

@@ -208,6 +208,8 @@ def shared(levels: Tensor, device: torch.device | str) -> Tensor:
     """Return the one codebook on `device` that equals `levels`, so that all layers of a model share one."""
     with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass later
         placed = (levels.clone() if levels.is_inference() else levels).to(device)
+    if levels.is_meta:
+        return placed  # which has no content to be known by
     key = levels.cpu().numpy().tobytes(), placed.device  # the tensor's own device: "cuda" is "cuda:0"
     return _SHARED.setdefault(key, placed)
 

@@ -229,7 +229,9 @@ def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor
             grad_x.addmm_(grad_y[:, rows], tile)
         else:  # summed in float32: rounding the sum to 16 bits at every tile would triple the error
             grad_x = grad_x.float().add_(grad_y[:, rows] @ tile)
-    assert grad_x is not None and grad_x.shape[1] == n_columns
+    if grad_x is None:  # a weight of no rows
+        return grad_y.new_zeros(len(grad_y), n_columns)
+    assert grad_x.shape[1] == n_columns
     return grad_x.to(grad_y.dtype)
 
 
@@ -295,17 +297,17 @@ def _cast_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
     return _multiply_transposed(grad_y, weight.shape[1], _cast_tiles(weight, grad_y.dtype))
 
 
-_nf4_forward.register_fake(lambda x, packed, scales, codebook, n_rows, *_: x.new_empty(len(x), n_rows))
+_nf4_forward.register_fake(lambda x, packed, scales, codebook, n_rows, *_: x.new_empty(x.shape[0], n_rows))
 _nf4_backward.register_fake(
-    lambda g, packed, scales, codebook, n_rows, n_columns, *_: g.new_empty(len(g), n_columns)
+    lambda g, packed, scales, codebook, n_rows, n_columns, *_: g.new_empty(g.shape[0], n_columns)
 )
 _nf4_decoded.register_fake(
     lambda packed, scales, codebook, n_rows, n_columns, block_size, nested_block_size, nested_first, dtype: (
         packed.new_empty(n_rows, n_columns, dtype=dtype)
     )
 )
-_cast_forward.register_fake(lambda x, weight: x.new_empty(len(x), len(weight)))
-_cast_backward.register_fake(lambda g, weight: g.new_empty(len(g), weight.shape[1]))
+_cast_forward.register_fake(lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
+_cast_backward.register_fake(lambda g, weight: g.new_empty(g.shape[0], weight.shape[1]))
 
 
 def _save_nf4(ctx, inputs, output) -> None:

@@ -205,11 +205,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q: (B, H, Tq, Hd), the last Tq of the Tk positions. k, v: (B, n_kv_heads, Tk, Hd).
     """
     Tq, Tk = q.shape[2], k.shape[2]
-    mask = None
-    if 1 < Tq < Tk:  # query i stands at position Tk - Tq + i
+    mask, causal = None, False
+    if Tq == Tk > 1:
+        causal = True  # a bool, which `Tq == Tk > 1` is not where sizes are symbols of torch.compile
+    elif 1 < Tq < Tk:  # query i stands at position Tk - Tq + i
         mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=Tq == Tk > 1, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -40,14 +40,16 @@ Paper: "QLoRA Finetuning".
 Before: matmul. Next: lora.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._prims_common import canonicalize_dims
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from minqlora import codebook, matmul, quantize
@@ -148,6 +150,8 @@ class NF4Tensor(Tensor):
             raise ValueError(
                 f"scale_rule must be one of {', '.join(quantize.SCALE_RULES)}, not {scale_rule!r}"
             )
+        if isinstance(weight, NF4Tensor):
+            raise ValueError("the weight is quantized already: call .dequantize() to quantize it another way")
         if weight.dim() != 2 or not weight.is_floating_point():
             raise ValueError(
                 f"expected a floating-point (N, K) weight, got {weight.dtype} {tuple(weight.shape)}"
@@ -198,7 +202,7 @@ class NF4Tensor(Tensor):
     @property
     def bits_per_parameter(self) -> float:
         """Storage per weight in bits, from the bytes really held."""
-        return 8 * self.nbytes / self.numel()
+        return 8 * self.nbytes / max(self.numel(), 1)
 
     def dequantize(self, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
         """Return the decoded weight, in this tensor's shape, in `dtype` (default: its own), or write it to
@@ -240,6 +244,16 @@ class NF4Tensor(Tensor):
             "checkpoint.flatten_state_dict lays it out"
         )
 
+    def share_memory_(self) -> "NF4Tensor":
+        """Move every part to memory that other processes can share."""
+        for part in self.parts.values():
+            part.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Say whether other processes can share it."""
+        return all(part.is_shared() for part in self.parts.values())
+
     def __deepcopy__(self, memo) -> Tensor:
         copied: Tensor = self._rebuild(Tensor.clone)
         if isinstance(self, nn.Parameter):
@@ -280,7 +294,7 @@ class NF4Tensor(Tensor):
         return list(self.parts), (self.dtype, self.format)
 
     def _stable_hash_for_caching(self) -> str:
-        return repr((list(self.parts), self.dtype, self.format))
+        return repr((list(self.parts), self.dtype, self.format, self.device, self.requires_grad))
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], context, outer_size, outer_stride) -> "NF4Tensor":
@@ -293,6 +307,12 @@ class NF4Tensor(Tensor):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
+        if func in MATMULS and len(args) == 2:
+            a, b = args if func is not Tensor.__rmatmul__ else args[::-1]
+            if isinstance(a, NF4Tensor) and b.dim() > 2:
+                return (b.mT @ a.mT).mT
+            args = (a.contiguous() if isinstance(b, NF4Tensor) and a.dim() > 2 else a, b)
+            func = torch.matmul
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -300,9 +320,15 @@ class NF4Tensor(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
         kwargs = kwargs or {}
         if func in VIEWS:
+            if torch.is_inference_mode_enabled() and not args[0].is_inference():
+                # A view of an ordinary tensor is one, inside inference_mode too.
+                with torch.inference_mode(False):
+                    return func(*args, **kwargs)
             return return_and_correct_aliasing(func, args, kwargs, VIEWS[func](*args, **kwargs))
         if func in OPERATIONS:
             return OPERATIONS[func](*args, **kwargs)
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            return func.decompose(*args, **kwargs)  # there matmul and to arrive whole
         raise NotImplementedError(
             f"NF4Tensor has no {func}: it is a frozen weight, to multiply by, to move, copy and cut by rows. "
             "Call .dequantize() first for an ordinary tensor."
@@ -320,18 +346,21 @@ class NF4Tensor(Tensor):
                 f"a {tuple(outer_size)} NF4Tensor cannot be sharded over {mesh.size()} ranks: "
                 "its rows do not divide evenly"
             )
-        return (self.packed, self._decoded_scales()), self.codebook
+        scales = self._decoded_scales()
+        # Of one rank alone torch takes the first tensor and forgets the second.
+        return (self.packed, scales), (self.codebook, scales if mesh.size() == 1 else None)
 
-    def fsdp_post_all_gather(self, gathered, codebook, param_dtype, *, out=None):
+    def fsdp_post_all_gather(self, gathered, metadata, param_dtype, *, out=None):
         """Return the whole weight as an NF4Tensor over what was gathered, or fill `out`, which is that
         already."""
         if out is not None:
             return None
-        packed, absmax = gathered
+        codebook, own_scales = metadata
+        packed, absmax = (*gathered, own_scales)[:2]
         n_rows = self.shape[0] * absmax.numel() // self.format.n_blocks
         format = replace(self.format, shape=(n_rows, self.shape[1]), nested_first=0)
         parts = {"packed": packed, "absmax": absmax, "codebook": codebook}
-        return NF4Tensor(parts, self.dtype, format), (packed, absmax)
+        return NF4Tensor(parts, self.dtype, format), gathered
 
     def _decoded_scales(self) -> Tensor:
         if self.absmax is not None:
@@ -348,6 +377,10 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         )
     if not input.is_floating_point():
         raise ValueError(f"the input of a linear layer must be floating-point, got {input.dtype}")
+    if input.device != weight.device:
+        raise ValueError(f"the input is on {input.device}, but the weight on {weight.device}")
+    if weight.requires_grad:  # it would silently get none
+        raise ValueError("an NF4Tensor is frozen: call .requires_grad_(False) on the weight")
     if weight.format.view != "matrix":
         y = input @ weight.t()
     else:
@@ -369,6 +402,8 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
     if not a.is_floating_point():
         raise ValueError(f"an NF4Tensor is multiplied by floating-point numbers, got {a.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"operands are on {a.device} and {b.device}")
     product = matmul.nf4_linear if b.format.view == "transposed" else matmul.nf4_linear_backward
     return product(a.contiguous(), b.packed, b.scales, b.codebook, *b.format.sizes)
 
@@ -398,17 +433,39 @@ def _copy_(tensor: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
             "copy_ between an NF4Tensor and an ordinary tensor would quantize or decode: call "
             "NF4Tensor.from_float(weight), or .dequantize(out=tensor)"
         )
-    if tensor.format != source.format or tensor.parts.keys() != source.parts.keys():
+    ours, theirs = tensor.format, source.format
+    as_ours = replace(theirs, nested_block_size=ours.nested_block_size, nested_first=ours.nested_first)
+    begins = theirs.nested_first - ours.nested_first
+    if (
+        as_ours != ours
+        or tensor.parts.keys() != source.parts.keys()
+        or theirs.nested_block_size % ours.nested_block_size
+        or begins % ours.nested_block_size
+    ):
         raise ValueError(f"cannot copy a tensor quantized another way: {source!r} to {tensor!r}")
+    if tensor.is_meta:
+        return tensor
+    for name in SHARED_PARTS:
+        part = getattr(tensor, name)
+        if part is not None and codebook.shared(getattr(source, name), tensor.device) is not part:
+            raise ValueError("cannot copy a tensor with levels of its own: load it with assign=True")
     if tensor.offset is not None and source.offset is not None:
         # The rows of a larger tensor have its offset, and so must what is written over some of them. A
         # blank one (new_zeros) has none yet.
         is_part = tensor.packed.untyped_storage().nbytes() != tensor.packed.nbytes
-        if is_part and tensor.offset != 0 and tensor.offset != source.offset.to(tensor.device):
-            raise ValueError("cannot copy rows over a part of a tensor whose scales have another offset")
+        if is_part and tensor.offset != 0:
+            raise ValueError(
+                "cannot copy over some rows of a tensor with double quantization: they share its offset, "
+                "and scales of scales, with others"
+            )
     for name, part in tensor.parts.items():
         if name in SHARED_PARTS:
-            setattr(tensor, name, codebook.shared(getattr(source, name), tensor.device))
+            continue
+        if name == "nested_absmax":
+            assert source.nested_absmax is not None
+            times = theirs.nested_block_size // ours.nested_block_size
+            nested = source.nested_absmax.repeat_interleave(times)[begins // ours.nested_block_size :]
+            part.copy_(nested[: len(part)], non_blocking)
         else:
             part.copy_(getattr(source, name), non_blocking)
     return tensor
@@ -419,7 +476,10 @@ def _new_zeros(tensor: NF4Tensor, size, *, dtype=None, device=None, **_: Any) ->
     # copies rows into it, as FSDP does into padding, brings an offset for all of the scales.
     if len(size) != 2:
         raise NotImplementedError(f"an NF4Tensor is (N, K): new_zeros({tuple(size)}) is torch.zeros(...)")
-    format = replace(tensor.format, shape=tuple(size), view="matrix")
+    format = replace(tensor.format, shape=tuple(size), view="matrix", nested_first=0)
+    if format.shape != tensor.format.shape:
+        # Rows copied into it begin at any multiple of its size, and its nested blocks must be able to, too.
+        format = replace(format, nested_block_size=math.gcd(format.nested_block_size, format.n_blocks))
     per_byte = quantize.codes_per_byte(tensor.codebook)
     counts = {"packed": -(-math.prod(size) // per_byte), "absmax": format.n_blocks}
     counts |= {"absmax_codes": format.n_blocks, "nested_absmax": format.n_nested_blocks}
@@ -430,10 +490,11 @@ def _new_zeros(tensor: NF4Tensor, size, *, dtype=None, device=None, **_: Any) ->
     }
     if tensor.offset is not None:
         parts["offset"] = tensor.offset.new_zeros((), device=device)
-    zero, _absmax = quantize.quantize(tensor.codebook.new_zeros(per_byte), tensor.codebook, 2)
-    parts["packed"].fill_(int(zero[0]))
     for name in tensor.parts.keys() & set(SHARED_PARTS):
         parts[name] = tensor._shared_part(name, parts["packed"].device)
+    if not parts["packed"].is_meta:
+        zero, _absmax = quantize.quantize(parts["codebook"].new_zeros(per_byte), parts["codebook"], 2)
+        parts["packed"].fill_(int(zero[0]))
     return NF4Tensor(parts, dtype or tensor.dtype, format)
 
 
@@ -451,10 +512,18 @@ def _is_pinned(tensor: NF4Tensor, device=None) -> bool:
     return all(part.is_pinned() for name, part in tensor.parts.items() if name not in SHARED_PARTS)
 
 
-def _transposed(tensor: NF4Tensor, *dims: Any) -> NF4Tensor:
-    flat = [dim % 2 for dim in (dims[0] if dims and isinstance(dims[0], list | tuple) else dims or (0, 1))]
-    if tensor.format.view == "flat" or sorted(flat) != [0, 1]:
+def _permuted(tensor: NF4Tensor, dims: Sequence[int]) -> NF4Tensor:
+    if sorted(dim % 2 for dim in dims) != [0, 1]:
         raise NotImplementedError("NF4Tensor can only be transposed as a matrix. Call .dequantize() first.")
+    return tensor._rebuild() if dims[0] % 2 == 0 else _transposed(tensor)
+
+
+def _transposed(tensor: NF4Tensor, dim0: int = 0, dim1: int = 1) -> NF4Tensor:
+    if tensor.format.view == "flat":
+        raise NotImplementedError("NF4Tensor can only be transposed as a matrix. Call .dequantize() first.")
+    dims = canonicalize_dims(tensor.dim(), (dim0, dim1))
+    if dims[0] == dims[1]:
+        return tensor._rebuild()
     return tensor._rebuild(view="matrix" if tensor.format.view == "transposed" else "transposed")
 
 
@@ -482,7 +551,7 @@ def _rows(tensor: NF4Tensor, start: int, stop: int) -> NF4Tensor:
     if start < stop and first % format.block_size:
         every = format.block_size // math.gcd(width, format.block_size)
         raise ValueError(
-            f"a {format.shape} NF4Tensor can be cut before every {every}th row, where a block of "
+            f"a {format.shape} NF4Tensor can be cut at multiples of {every} rows, where a block of "
             f"{format.block_size} begins, but not before row {start}"
         )
     block, end_block = first // format.block_size, -(-last // format.block_size)
@@ -504,7 +573,7 @@ def _rows(tensor: NF4Tensor, start: int, stop: int) -> NF4Tensor:
 
 
 def _slice(tensor: NF4Tensor, dim: int = 0, start=None, end=None, step: int = 1) -> NF4Tensor:
-    if dim % tensor.dim() != 0 or step != 1:
+    if canonicalize_dims(tensor.dim(), (dim,))[0] != 0 or step != 1:
         raise NotImplementedError(
             "only whole rows of an NF4Tensor can be cut, one after the other. Call .dequantize() first."
         )
@@ -515,8 +584,10 @@ def _slice(tensor: NF4Tensor, dim: int = 0, start=None, end=None, step: int = 1)
 def _split(tensor: NF4Tensor, sizes, dim: int = 0) -> list[NF4Tensor]:
     n_rows = tensor.shape[0]
     if isinstance(sizes, int):
-        sizes = [min(sizes, n_rows - start) for start in range(0, n_rows, max(sizes, 1))]
-    ends = torch.tensor(sizes).cumsum(0).tolist()
+        sizes = [min(sizes, n_rows - start) for start in range(0, n_rows, sizes)] if sizes > 0 else []
+    if sum(sizes) != n_rows or min(sizes, default=0) < 0:
+        raise ValueError(f"{n_rows} rows cannot be split into parts of {list(sizes)}")
+    ends = list(itertools.accumulate(sizes))
     return [_slice(tensor, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
@@ -531,12 +602,14 @@ def _as_matrix(out: Tensor, format: Format) -> Tensor:
     return out.mT if format.view == "transposed" else out.view(format.shape) if format.view == "flat" else out
 
 
+MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__}
+
 VIEWS: dict[Any, Callable] = {
     aten.detach.default: lambda tensor: tensor._rebuild(),
     aten.alias.default: lambda tensor: tensor._rebuild(),
     aten.t.default: _transposed,
     aten.transpose.int: _transposed,
-    aten.permute.default: _transposed,
+    aten.permute.default: _permuted,
     aten.view.default: _viewed,
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,

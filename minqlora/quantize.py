@@ -64,10 +64,10 @@ from torch import Tensor
 
 from minqlora.codebook import thresholds
 
-# Numbers worked on at a time: so many that an operator's fixed cost is nothing, so few that they stay in the
-# caches. Quantizing then needs 11 MiB besides its result, and decoding 8, whatever the size of the matrix.
+# Numbers quantized, and look-ups decoded, at a time: so many that an operator's fixed cost is nothing, so few
+# that they stay in the caches. Either needs a few MiB besides its result, whatever the size of the matrix.
 CHUNK = 2**19
-RUN = 2**20
+RUN = 2**19
 
 # Smallest number a scale is taken for when dividing by it: 1 / 0 would make NaN of a block of zeros.
 TINY = 1e-38
@@ -337,8 +337,11 @@ def dequantize(
     flat, n = out.view(-1), out.numel()
     table, per_byte = byte_table(codebook), codes_per_byte(codebook)
     wide = torch.float32 if per_byte == 1 else torch.int64  # two float32 move as one int64: half the look-ups
-    for start in range(0, n, RUN):
-        run = flat[start : start + RUN]
+    step = (
+        RUN * per_byte // (1 if out.dtype == torch.float32 else 2)
+    )  # else levels are held in float32 besides
+    for start in range(0, n, step):
+        run = flat[start : start + step]
         some_packed = packed[start // per_byte :][: -(-len(run) // per_byte)]
         in_place = out.dtype == torch.float32 and len(run) % per_byte == run.storage_offset() % per_byte == 0
         n_levels = len(some_packed) * per_byte

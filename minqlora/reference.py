@@ -66,6 +66,11 @@ class Quantized:
         return pairs[:, 0] << 4 | pairs[:, 1]
 
 
+# What is beyond float32 becomes infinite without a warning: it is then refused, or cut off at the ends.
+_QUIET = np.errstate(over="ignore", divide="ignore", invalid="ignore")
+
+
+@_QUIET
 def quantize(
     array: ArrayLike,
     bits: int = 4,
@@ -83,8 +88,7 @@ def quantize(
     bits, a block size below 1, and an absmax that is not positive, not one a block, or to be quantized
     itself. Source: the paper, "Block-wise k-bit Quantization".
     """
-    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused as that
-        numbers = np.asarray(array).astype(np.float32)
+    numbers = np.asarray(array).astype(np.float32)
     flat = numbers.reshape(-1)
     levels = normal_float(bits)
     if not flat.size:
@@ -104,8 +108,7 @@ def quantize(
     elif double_quant:
         raise ValueError("a fixed absmax is kept as it is: absmax and double_quant exclude each other")
     else:
-        with np.errstate(over="ignore"):
-            given = np.asarray(absmax).astype(np.float32)
+        given = np.asarray(absmax).astype(np.float32)
         n_blocks = block[-1] + 1
         if given.shape not in ((), (n_blocks,)):
             raise ValueError(
@@ -128,6 +131,7 @@ def quantize(
     return _quantize_scales(quantized) if double_quant else quantized
 
 
+@_QUIET
 def _quantize_scales(quantized: Quantized) -> Quantized:
     # Double quantization: the scales less their mean, in blocks of 256, to the nearest level of the 8-bit
     # map.
@@ -136,8 +140,7 @@ def _quantize_scales(quantized: Quantized) -> Quantized:
     offset = np.float32(scales.mean(dtype=np.float64))
     centred = scales - offset
     nested = np.maximum.reduceat(np.abs(centred), np.arange(0, scales.size, NESTED_BLOCK_SIZE))
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        scaled = np.clip(centred * (np.float32(1) / nested)[block], -1, 1)
+    scaled = np.clip(centred * (np.float32(1) / nested)[block], -1, 1)
     borders = (levels[:-1] + levels[1:]) / 2
     codes = np.searchsorted(borders, scaled)
     on_border = scaled == borders[np.minimum(codes, 254)]

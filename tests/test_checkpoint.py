@@ -15,10 +15,18 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from minqlora import NF4Tensor, checkpoint, load_model
-from minqlora.checkpoint import default_dtype, quantized_size, write_atomically
+from minqlora.checkpoint import (
+    default_dtype,
+    flatten_state_dict,
+    quantized_size,
+    unflatten_state_dict,
+    write_atomically,
+)
+from minqlora.codebook import QUANT_TYPES
+from minqlora.nf4 import SHARED_PARTS
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -330,6 +338,278 @@ def test_an_index_may_not_name_a_file_outside_the_folder(sharded: Path, shard: s
     edit_json(sharded / INDEX, lambda index: index["weight_map"].update({WEIGHT: shard}))
     with pytest.raises(ValueError, match=f"{INDEX}: names a shard outside the folder"):
         load_model(sharded)
+
+
+# -- 4-bit weights as plain tensors ------------------------------------------------------------------------
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def random_weight(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def their_layer(weight: Tensor, **options: Any) -> Any:
+    """bitsandbytes' layer over the quantized weight."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(*reversed(weight.shape), bias=False)
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, **options)
+    return layer.to("cpu")  # which quantizes
+
+
+def file_of(tensors: dict[str, Tensor]) -> bytes:
+    return safetensors.torch.save(dict(sorted(tensors.items())))
+
+
+THEIRS = pytest.mark.parametrize(
+    ("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
+)
+
+
+# Several nested blocks; a short last block; an odd number of weights.
+@pytest.mark.parametrize("shape", [(64, 192), (300, 64), (6, 50), (5, 13)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@THEIRS
+def test_a_flat_weight_is_byte_for_byte_that_of_bitsandbytes(quant_type, double_quant, dtype, shape) -> None:
+    layer = their_layer(
+        random_weight(*shape, dtype=dtype), quant_type=quant_type, compress_statistics=double_quant
+    )
+    theirs = layer.state_dict()
+    weight = unflatten_state_dict(theirs)["weight"]
+    assert isinstance(weight, NF4Tensor) and (weight.shape, weight.dtype) == (shape, dtype)
+    ours = flatten_state_dict({"weight": weight})
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert (ours[key].dtype, ours[key].shape) == (tensor.dtype, tensor.shape)
+    assert file_of(ours) == file_of(theirs)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_weight_with_plain_scales_is_byte_for_byte_that_of_bitsandbytes(quant_type: str) -> None:
+    weight = random_weight(6, 50, dtype=torch.bfloat16)
+    ours = NF4Tensor.from_float(weight, quant_type=quant_type, double_quant=False)
+    theirs = their_layer(weight.clone(), quant_type=quant_type, compress_statistics=False).state_dict()
+    assert file_of(flatten_state_dict({"weight": ours})) == file_of(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@THEIRS
+def test_bitsandbytes_reads_a_flat_weight(quant_type: str, double_quant: bool, dtype: torch.dtype) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = NF4Tensor.from_float(
+        random_weight(300, 64, dtype=dtype), quant_type=quant_type, double_quant=double_quant
+    )
+    flat = safetensors.torch.load(file_of(flatten_state_dict({"weight": weight})))
+    packed = flat.pop("weight")
+    theirs = bnb.nn.Params4bit.from_prequantized(packed, flat, device="cpu")
+    state = theirs.quant_state
+    assert (state.quant_type, state.dtype, tuple(state.shape), state.nested) == (
+        quant_type,
+        dtype,
+        (300, 64),
+        double_quant,
+    )
+    assert torch.equal(bnb.functional.dequantize_4bit(theirs.data, state), weight.dequantize())
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
+def test_codes_stored_as_numbers_of_another_dtype_are_read(storage: torch.dtype) -> None:
+    weight = random_weight(8, 64)
+    layer = their_layer(weight, quant_type="nf4", quant_storage=storage)
+    state_dict = layer.state_dict()
+    assert state_dict["weight"].dtype == storage
+    expected = their_layer(weight, quant_type="nf4").state_dict()
+    assert file_of(flatten_state_dict(unflatten_state_dict(state_dict))) == file_of(expected)
+
+
+def net(**options: Any) -> nn.Sequential:
+    """Three quantized layers, a bias, a norm."""
+    layers = [nn.Linear(k, n, bias=n == 8) for k, n in ((12, 8), (8, 10), (10, 6))]
+    for i, layer in enumerate(layers):
+        weight = NF4Tensor.from_float(random_weight(*layer.weight.shape, seed=i), **options)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+    return nn.Sequential(*layers, nn.LayerNorm(6))
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"double_quant": False}, {"quant_type": "fp4"}, {"block_size": 4, "nested_block_size": 3}],
+    ids=["nested", "plain", "fp4", "small"],
+)
+def test_a_module_goes_through_a_file_and_comes_back_bit_for_bit(options: dict, assign: bool) -> None:
+    source, target = net(**options), net(**options)
+    for parameter in target.parameters():
+        parameter.data = torch.empty_like(parameter)
+    flat = flatten_state_dict(source.state_dict())
+    loaded = safetensors.torch.load(safetensors.torch.save(flat, metadata={"format": "pt"}))
+    assert loaded.keys() == flat.keys() and not any(isinstance(t, NF4Tensor) for t in flat.values())
+    assert not any(target.load_state_dict(unflatten_state_dict(loaded), assign=assign))
+    for name, parameter in source.named_parameters():
+        other = target.get_parameter(name)
+        assert isinstance(other, nn.Parameter) and type(other) is type(parameter)
+        if not isinstance(parameter, NF4Tensor):
+            assert torch.equal(parameter, other)
+            continue
+        assert (parameter.dtype, parameter.format) == (other.dtype, other.format)
+        for part, tensor in parameter.parts.items():
+            assert torch.equal(tensor, other.parts[part])
+            assert part not in SHARED_PARTS or tensor is other.parts[part]
+
+
+def test_what_is_not_quantized_passes_through() -> None:
+    tensors = {
+        "weight": NF4Tensor.from_float(random_weight(4, 6)),
+        "norm": torch.ones(3),
+        "absmax": torch.ones(2),
+    }
+    flat = flatten_state_dict(tensors)
+    back = unflatten_state_dict(flat)
+    assert back.keys() == tensors.keys() and len(flat) == 8 and len(tensors) == 3
+    assert back["norm"] is flat["norm"] is tensors["norm"] and back["absmax"] is tensors["absmax"]
+    assert unflatten_state_dict({"other.absmax": tensors["norm"]}) == {"other.absmax": tensors["norm"]}
+
+
+def test_rows_that_begin_with_a_nested_block_are_saved_as_a_weight_of_their_own() -> None:
+    rows = NF4Tensor.from_float(random_weight(6, 8), block_size=8, nested_block_size=2)[2:5]
+    flat = safetensors.torch.load(file_of(flatten_state_dict({"weight": rows})))
+    assert torch.equal(unflatten_state_dict(flat)["weight"].dequantize(), rows.dequantize())
+
+
+@pytest.mark.parametrize("quant_type", [name for name in QUANT_TYPES if name not in ("nf4", "fp4")])
+def test_levels_for_comparison_are_not_saved(quant_type: str) -> None:
+    weight = NF4Tensor.from_float(random_weight(4, 6), quant_type=quant_type)
+    with pytest.raises(
+        ValueError, match=f"a.b: {quant_type} is for comparison; only nf4 and fp4 can be saved"
+    ):
+        flatten_state_dict({"a.b": weight})
+
+
+@pytest.mark.parametrize("view", [lambda t: t.t(), lambda t: t.view(-1), lambda t: t[1:]])
+def test_views_are_not_saved(view: Callable[[Tensor], Tensor]) -> None:
+    weight = NF4Tensor.from_float(random_weight(6, 8), block_size=8)
+    with pytest.raises(ValueError, match="a.b: save the whole weight, not a view or a part of it"):
+        flatten_state_dict({"a.b": view(weight)})
+
+
+def edit_state(text: Callable[[str], str] | str | bytes) -> Callable[[dict[str, Tensor]], None]:
+    """A damage to the JSON: another text, or what is made of the text."""
+
+    def damage(tensors: dict[str, Tensor]) -> None:
+        content = text(bytes(tensors[STATE].tolist()).decode()) if callable(text) else text
+        content = content.encode() if isinstance(content, str) else content
+        tensors[STATE] = torch.tensor(list(content), dtype=torch.uint8)
+
+    return damage
+
+
+def with_facts(**facts: Any) -> Callable[[dict[str, Tensor]], None]:
+    """A damage to the JSON: other facts, or for `...` none."""
+
+    def change(text: str) -> str:
+        state = json.loads(text) | facts
+        return json.dumps({name: value for name, value in state.items() if value is not ...})
+
+    return edit_state(change)
+
+
+def with_tensor(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    def damage(tensors: dict[str, Tensor]) -> None:
+        tensors[key] = change(tensors[key])
+
+    return damage
+
+
+NOT_A_STATE = f"{STATE}: not a quantization state"
+DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "no codes": (lambda t: t.pop("weight"), f"weight: missing, but {STATE} asks for it"),
+    "no scales": (lambda t: t.pop("weight.absmax"), f"weight.absmax: missing, but {STATE}"),
+    "no levels": (lambda t: t.pop("weight.quant_map"), f"weight.quant_map: missing, but {STATE}"),
+    "no nested scales": (lambda t: t.pop("weight.nested_absmax"), "weight.nested_absmax: missing"),
+    "no map": (lambda t: t.pop("weight.nested_quant_map"), "weight.nested_quant_map: missing"),
+    "a code too few": (with_tensor("weight", lambda t: t[:-1]), "weight: expected 192 .*uint8, got 191"),
+    "codes of 32 bits": (with_tensor("weight", lambda t: t.int()), "weight: expected 192 .*uint8, got 768"),
+    "one code": (with_tensor("weight", lambda t: t[0, 0]), "weight: expected 192 .*uint8, got 1 "),
+    "a scale too few": (with_tensor("weight.absmax", lambda t: t[1:]), "weight.absmax: expected 6 .*, got 5"),
+    "plain scales": (
+        with_tensor("weight.absmax", lambda t: t.float()),
+        "weight.absmax: expected 6 numbers of torch.uint8, got 6 of torch.float32",
+    ),
+    "8 levels": (with_tensor("weight.quant_map", lambda t: t[:8]), "weight.quant_map: expected 16 .*got 8"),
+    "17 levels": (
+        with_tensor("weight.quant_map", lambda t: torch.ones(17)),
+        "weight.quant_map: .* 16 .*got 17",
+    ),
+    "half levels": (
+        with_tensor("weight.quant_map", lambda t: t.half()),
+        "weight.quant_map: expected .*float16",
+    ),
+    "a nested scale too many": (
+        with_tensor("weight.nested_absmax", lambda t: t.repeat(2)),
+        "weight.nested_absmax: expected 1 .*got 2",
+    ),
+    "double nested scales": (
+        with_tensor("weight.nested_absmax", lambda t: t.double()),
+        "weight.nested_absmax: .*float64",
+    ),
+    "a short map": (
+        with_tensor("weight.nested_quant_map", lambda t: t[1:]),
+        "weight.nested_quant_map: .*256.*255",
+    ),
+    "broken JSON": (edit_state(lambda text: text[:-1]), rf"{NOT_A_STATE} \(JSONDecodeError"),
+    "not UTF-8": (edit_state(b"\xff\xfe"), NOT_A_STATE),
+    "no JSON": (edit_state(""), NOT_A_STATE),
+    "a list": (edit_state("[1]"), NOT_A_STATE),
+    "a number": (edit_state("3"), NOT_A_STATE),
+    "deep JSON": (edit_state("[" * 100_000), NOT_A_STATE),
+    "a state of numbers": (with_tensor(STATE, lambda t: t.float()), NOT_A_STATE),
+    "a state of large numbers": (with_tensor(STATE, lambda t: t.int() + 200), NOT_A_STATE),
+    "a state of rows": (with_tensor(STATE, lambda t: t[None]), NOT_A_STATE),
+    "no shape": (with_facts(shape=...), NOT_A_STATE),
+    "a shape of one": (with_facts(shape=[384]), NOT_A_STATE),
+    "a shape of three": (with_facts(shape=[2, 3, 64]), NOT_A_STATE),
+    "a shape of nothing": (with_facts(shape=[0, 64]), NOT_A_STATE),
+    "a negative shape": (with_facts(shape=[-6, -64]), NOT_A_STATE),
+    "another shape": (with_facts(shape=[7, 64]), "weight: expected 224 .*got 192"),
+    "an endless shape": (with_facts(shape=[6, float("inf")]), NOT_A_STATE),
+    "no block size": (with_facts(blocksize=...), NOT_A_STATE),
+    "a block size of zero": (with_facts(blocksize=0), NOT_A_STATE),
+    "a negative block size": (with_facts(blocksize=-64), NOT_A_STATE),
+    "an odd block size": (with_facts(blocksize=65), f"{NOT_A_STATE}|weight.absmax: expected"),
+    "an odd block size that fits": (
+        lambda t: (with_facts(blocksize=77)(t), with_tensor("weight.absmax", lambda s: s[:5])(t)),
+        NOT_A_STATE,
+    ),
+    "another block size": (with_facts(blocksize=32), "weight.absmax: expected 12 .*got 6"),
+    "an endless block size": (with_facts(blocksize=float("inf")), NOT_A_STATE),
+    "a nested block size of zero": (with_facts(nested_blocksize=0), NOT_A_STATE),
+    "another nested block size": (with_facts(nested_blocksize=2), "weight.nested_absmax: expected 3 .*got 1"),
+    "no offset": (with_facts(nested_offset=...), NOT_A_STATE),
+    "an offset of text": (with_facts(nested_offset="x"), NOT_A_STATE),
+    "an offset that is none": (with_facts(nested_offset=float("nan")), NOT_A_STATE),
+    "an endless offset": (with_facts(nested_offset=1e300), NOT_A_STATE),
+    "no dtype": (with_facts(dtype=...), NOT_A_STATE),
+    "an integer dtype": (with_facts(dtype="int32"), NOT_A_STATE),
+    "a dtype that torch has not": (with_facts(dtype="float99"), NOT_A_STATE),
+    "a function for a dtype": (with_facts(dtype="add"), NOT_A_STATE),
+    "a number for a dtype": (with_facts(dtype=3), NOT_A_STATE),
+    "levels that are not saved": (
+        lambda t: t.update({"weight.quant_state.bitsandbytes__nf3": t.pop(STATE)}),
+        "weight.quant_state.bitsandbytes__nf3: not a quantization state",
+    ),
+    "two states": (
+        lambda t: t.update({"weight.quant_state.bitsandbytes__fp4": t[STATE]}),
+        "weight.quant_state.bitsandbytes__(fp4|nf4): ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_flat_weight_is_refused_by_its_key(damage: Any, message: str) -> None:
+    tensors = flatten_state_dict({"weight": NF4Tensor.from_float(random_weight(6, 64))})
+    damage(tensors)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        unflatten_state_dict(tensors)
 
 
 # -- writing -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The product: that of the decoded matrix whatever the tiles, with gradients, keeping only what is packed."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -8,9 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minqlora import matmul
-from minqlora.codebook import dynamic_map, levels
-from minqlora.matmul import cast_linear, cast_linear_backward, nf4_dequantize, nf4_linear
-from minqlora.quantize import byte_table, dequantize_scales, quantize, quantize_scales
+from minqlora import quantize as quantization
+from minqlora.codebook import QUANT_TYPES, dynamic_map, levels
+from minqlora.matmul import (
+    cast_linear,
+    cast_linear_backward,
+    nf4_dequantize,
+    nf4_linear,
+    nf4_linear_backward,
+)
+from minqlora.quantize import byte_table, codes_per_byte, dequantize_scales, quantize, quantize_scales
 
 N, K = 10, 12  # blocks of 64 run over the ends of rows, and the last one is short
 SHAPES = [(10, 12), (7, 9), (3, 128), (5, 1), (1, 5), (65, 2), (9, 100)]
@@ -22,21 +30,30 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def pack(shape: tuple[int, int], block_size: int = 64, double_quant: bool = True) -> tuple:
+def pack(
+    shape: tuple[int, int], block_size: int = 64, double_quant: bool = True, quant_type: str = "nf4"
+) -> tuple:
     """What the operators take after x: packed, scales, codebook, shape, block_size, nested_block_size."""
-    packed, absmax = quantize(randn(*shape, seed=math.prod(shape)), levels("nf4"), block_size)
+    packed, absmax = quantize(randn(*shape, seed=math.prod(shape)), levels(quant_type), block_size)
     scales = [absmax]
     if double_quant:
         offset = absmax.mean()
         codes, nested_absmax = quantize_scales(absmax, offset, dynamic_map(), 4)
         scales = [codes, nested_absmax, dynamic_map(), offset]
-    return packed, scales, levels("nf4"), shape, block_size, 4
+    return packed, scales, levels(quant_type), shape, block_size, 4
 
 
 def decoded(parts: tuple, dtype: torch.dtype = torch.float32) -> Tensor:
-    packed, scales, codebook, shape, block_size, nested_block_size = parts
-    out = torch.empty(shape, dtype=dtype)
-    return nf4_dequantize(packed, scales, codebook, out, block_size, nested_block_size)
+    return nf4_dequantize(*parts, dtype=dtype)
+
+
+def decoded_by_hand(parts: tuple) -> Tensor:
+    """The weight from the definition: the level of each code times the scale of its block, float32."""
+    packed, scales, codebook, shape, block_size, *nested = parts
+    absmax = scales[0] if len(scales) == 1 else dequantize_scales(*scales, *nested)
+    codes = torch.stack([packed >> 4, packed & 15], 1).flatten() if codes_per_byte(codebook) == 2 else packed
+    n = math.prod(shape)
+    return (codebook[codes[:n].int()] * absmax.repeat_interleave(block_size)[:n]).view(shape)
 
 
 def saved_tensors(f, *args) -> list[Tensor]:
@@ -56,21 +73,73 @@ def saved_tensors(f, *args) -> list[Tensor]:
 @pytest.mark.parametrize("block_size", [2, 6, 64])
 def test_tiles_decode_to_the_bits_of_the_whole(shape, block_size, tile, monkeypatch):
     parts = pack(shape, block_size)
-    packed, (codes, nested_absmax, nested_codebook, offset), *_ = parts
-    absmax = dequantize_scales(codes, nested_absmax, nested_codebook, offset, 4)
-    codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[: math.prod(shape)]
-    expected = levels("nf4")[codes.int()] * absmax.repeat_interleave(block_size)[: math.prod(shape)]
+    expected = decoded_by_hand(parts)
     monkeypatch.setattr(matmul, "TILE", tile)
-    assert torch.equal(decoded(parts), expected.view(shape))
-    assert torch.equal(decoded(parts, torch.bfloat16), expected.view(shape).bfloat16())
+    assert torch.equal(decoded(parts), expected)
+    assert torch.equal(decoded(parts, torch.bfloat16), expected.bfloat16())
 
 
-def test_decoding_writes_to_an_out_that_is_not_contiguous(monkeypatch):
+@pytest.mark.parametrize("window", [1, 3, 5])
+@pytest.mark.parametrize("tile", [1, 30, 2**21])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_scales_are_decoded_in_windows_of_any_size(double_quant, tile, window, monkeypatch):
+    parts = pack((11, 9), block_size=4, double_quant=double_quant)
+    monkeypatch.setattr(matmul, "TILE", tile)
+    monkeypatch.setattr(matmul, "WINDOW", window)
+    assert torch.equal(decoded(parts), decoded_by_hand(parts))
+
+
+@pytest.mark.parametrize("run", [2, 6, 64])
+@pytest.mark.parametrize("shape", [(11, 9), (5, 1), (3, 128)])
+def test_tiles_are_decoded_in_runs_of_any_size(shape, run, monkeypatch):
+    parts = pack(shape, block_size=4)
+    monkeypatch.setattr(matmul, "TILE", 30)
+    monkeypatch.setattr(quantization, "RUN", run)
+    assert torch.equal(decoded(parts), decoded_by_hand(parts))
+
+
+@pytest.mark.parametrize("tile", [1, 40, 2**21])
+@pytest.mark.parametrize("quant_type", [name for name, fixed in QUANT_TYPES.items() if fixed is not None])
+def test_codes_of_any_width_decode_and_multiply(quant_type: str, tile: int, monkeypatch):
+    monkeypatch.setattr(matmul, "TILE", tile)
+    parts = pack((11, 9), block_size=4, quant_type=quant_type)
+    w = decoded_by_hand(parts)
+    assert torch.equal(decoded(parts), w)
+    x, w = randn(3, 9, dtype=torch.float64), w.double()
+    torch.testing.assert_close(nf4_linear(x, *parts), x @ w.T, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("nested_first", [1, 2, 3])
+@pytest.mark.parametrize("tile", [1, 20, 2**21])
+def test_scales_may_begin_within_a_nested_block(tile: int, nested_first: int, monkeypatch):
+    # Of rows of one block, the last ones: the scales before them are those of the rows left out.
+    packed, (codes, nested_absmax, *rest), codebook, shape, *sizes = parts = pack((11, 8), block_size=8)
+    expected = decoded_by_hand(parts)[nested_first:]
+    some_scales = [codes[nested_first:], nested_absmax, *rest]
+    some = (packed[nested_first * 4 :], some_scales, codebook, tuple(expected.shape), *sizes, nested_first)
+    monkeypatch.setattr(matmul, "TILE", tile)
+    assert torch.equal(decoded(some), expected)
+    x, w = randn(3, 8, dtype=torch.float64).requires_grad_(), expected.double()
+    y = nf4_linear(x, *some)
+    torch.testing.assert_close(y, x @ w.T, rtol=0, atol=1e-12)
+    (grad_x,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad_x, w.sum(0).expand(3, 8), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_writes_to_an_out_that_is_not_contiguous(dtype: torch.dtype, monkeypatch):
     monkeypatch.setattr(matmul, "TILE", 1)
-    packed, scales, codebook, shape, *sizes = parts = pack((70, 3))
-    out = torch.full((3, 140), float("nan")).T[::2]
-    assert nf4_dequantize(packed, scales, codebook, out, *sizes) is out
-    assert torch.equal(out, decoded(parts))
+    parts = pack((70, 3))
+    out = torch.full((3, 140), float("nan"), dtype=dtype).T[::2]
+    assert nf4_dequantize(*parts, dtype=dtype, out=out) is out
+    assert torch.equal(out, decoded(parts, dtype))
+
+
+def test_decoding_leaves_what_lies_beside_an_out_alone():
+    parts, frame = pack((7, 9)), torch.full((9, 9), -5.0)
+    nf4_dequantize(*parts, dtype=torch.float32, out=frame[1:8])  # begins at an odd place in memory
+    assert torch.equal(frame[1:8], decoded(parts))
+    assert torch.equal(frame[[0, 8]], torch.full((2, 9), -5.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,6 +182,15 @@ def test_one_tile_gives_the_bits_of_a_dense_layer(dtype: torch.dtype):
     y.sin().sum().backward()
     expected.sin().sum().backward()
     assert torch.equal(x.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_product_alone_is_that_of_the_decoded_matrix(shape, tile, monkeypatch):
+    monkeypatch.setattr(matmul, "TILE", tile)
+    parts, grad_y = pack(shape), randn(4, shape[0], dtype=torch.float64)
+    expected = grad_y @ decoded(parts, torch.float64)
+    torch.testing.assert_close(nf4_linear_backward(grad_y, *parts), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("tiles", [1, 4])
@@ -178,18 +256,120 @@ def test_nothing_uninitialized_reaches_a_result(monkeypatch):
     assert x.grad.isfinite().all()
 
 
+# -- the scratch ---------------------------------------------------------------------------------------------
+
+
+def scratch_bytes() -> int:
+    """What this thread's buffers hold together."""
+    return sum(buffer.nbytes for buffer in vars(quantization._scratch).values())
+
+
 def test_the_scratch_holds_one_tile(monkeypatch):
     # Of a weight of 64 rows in tiles of 16 numbers, no more than four rows are ever decoded at a time.
-    seen = []
+    seen: list[Tensor] = []
     decode = matmul.dequantize
+
+    def watched(packed, absmax, codebook, block_size, out, first=0):
+        seen.append(out)
+        return decode(packed, absmax, codebook, block_size, out, first)
+
     monkeypatch.setattr(matmul, "TILE", 16)
-    monkeypatch.setattr(matmul, "dequantize", lambda *args, out: seen.append(out) or decode(*args, out=out))
+    monkeypatch.setattr(matmul, "dequantize", watched)
     x = randn(2, 4).requires_grad_()
     nf4_linear(x, *pack((64, 4), block_size=16)).sum().backward()
     assert [len(tile) for tile in seen] == [4] * 32
-    assert len({tile.data_ptr() for tile in seen[:16]}) == 1
-    assert len({tile.data_ptr() for tile in seen[16:]}) == 1
+    assert len({tile.data_ptr() for tile in seen}) == 1
     assert [len(tile) for _, tile in matmul._cast_tiles(randn(10, 4), torch.float64)] == [4, 4, 2]
+
+
+def test_a_tile_of_rows_of_odd_width_begins_with_a_byte(monkeypatch):
+    # Three numbers would be one row of three, and the second row begins in the middle of a byte.
+    seen: list[tuple[int, int]] = []
+    decode = matmul.dequantize
+
+    def watched(packed, absmax, codebook, block_size, out, first=0):
+        seen.append((len(out), first))
+        return decode(packed, absmax, codebook, block_size, out, first)
+
+    monkeypatch.setattr(matmul, "TILE", 3)
+    monkeypatch.setattr(matmul, "dequantize", watched)
+    parts = pack((5, 3), block_size=4)
+    x = randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(nf4_linear(x, *parts), x @ decoded(parts, torch.float64).T)
+    # Tiles of 6, 6 and 3 numbers; the second begins two numbers into the block of numbers 4 to 7.
+    assert seen[:3] == [(2, 0), (2, 2), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [[torch.float32], [torch.bfloat16], [torch.float32, torch.bfloat16]],
+    ids=["fp32", "bf16", "both"],
+)
+@pytest.mark.parametrize("quant_type", ["nf4", "nf8"])
+@pytest.mark.parametrize("shape", [(2048, 4096), (1025, 4097), (105, 20001), (2**21, 1)])
+def test_the_scratch_of_a_thread_stays_under_16_mib(shape, quant_type, dtypes, monkeypatch):
+    monkeypatch.setattr(quantization, "_scratch", threading.local())  # as in a thread that begins
+    n, codebook = math.prod(shape), levels(quant_type)
+    n_blocks = -(-n // 64)
+    packed = torch.zeros(-(-n // codes_per_byte(codebook)), dtype=torch.uint8)
+    nested = [torch.ones(-(-n_blocks // 256)), dynamic_map(), torch.zeros(())]
+    parts = (packed, [torch.zeros(n_blocks, dtype=torch.uint8), *nested], codebook, shape, 64, 256)
+    for dtype in dtypes:
+        x = randn(1, shape[1], dtype=dtype).requires_grad_()
+        nf4_linear(x, *parts).sum().backward()
+    assert 2**21 < scratch_bytes() < 2**24
+
+
+def test_a_larger_weight_needs_no_larger_scratch(monkeypatch):
+    monkeypatch.setattr(quantization, "_scratch", threading.local())
+    monkeypatch.setattr(matmul, "TILE", 64)
+    monkeypatch.setattr(matmul, "WINDOW", 4)
+    few, many = (pack((n_rows, 8), block_size=8) for n_rows in (64, 640))
+    vars(quantization._scratch).clear()  # of what quantizing used
+    nf4_linear(randn(2, 8), *few)
+    held = scratch_bytes()
+    nf4_linear(randn(2, 8), *many)
+    assert scratch_bytes() == held > 0
+
+
+def test_threads_do_not_share_a_scratch(monkeypatch):
+    # Many small tiles, so that threads would overwrite each other's if there were one buffer for all.
+    monkeypatch.setattr(matmul, "TILE", 64)
+    problems = [(randn(4, 16, seed=seed), pack((96 + seed, 16), block_size=16)) for seed in range(4)]
+    expected = [nf4_linear(x, *parts) for x, parts in problems]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        x, parts = problems[i]
+        for _ in range(30):
+            if not torch.equal(nf4_linear(x, *parts), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_product_without_gradients_leaves_a_scratch_that_training_can_use(monkeypatch):
+    monkeypatch.setattr(quantization, "_scratch", threading.local())
+    parts, x = pack((N, K)), randn(3, K).requires_grad_()
+    with torch.inference_mode():
+        expected = nf4_linear(randn(3, K), *parts)
+    y = nf4_linear(x, *parts)
+    y.sum().backward()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("again", ["decoded", "multiplied"])
+def test_a_result_is_not_the_scratch_that_the_next_call_overwrites(again: str):
+    parts, other = pack((N, K)), pack((N, K), block_size=2)
+    w, y = decoded(parts), nf4_linear(randn(3, K), *parts)
+    before = w.clone(), y.clone()
+    _ = decoded(other) if again == "decoded" else nf4_linear(randn(3, K, seed=5), *other)
+    assert torch.equal(w, before[0]) and torch.equal(y, before[1])
 
 
 # -- the 16-bit weight under another dtype -------------------------------------------------------------------
@@ -251,8 +431,9 @@ def test_a_dequantized_weight_would_have_been_seen():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operators_keep_what_they_promise_the_compiler(dtype: torch.dtype):
     packed, scales, codebook, shape, *sizes = pack((N, K))
-    rest = (packed, scales, codebook, *shape, *sizes)
+    rest = (packed, scales, codebook, *shape, *sizes, 0)
     ops = torch.ops.minqlora
+    torch.library.opcheck(ops.nf4_dequantize.default, (*rest, dtype))
     torch.library.opcheck(ops.nf4_linear.default, (randn(3, K, dtype=dtype).requires_grad_(), *rest))
     torch.library.opcheck(ops.nf4_linear_backward.default, (randn(3, N, dtype=dtype), *rest))
     weight = randn(N, K, dtype=torch.float16)
@@ -270,9 +451,7 @@ def test_a_gpu_decodes_to_the_same_bits_and_multiplies_as_well(shape):
     packed, scales, codebook, *rest = parts = pack(shape)
     there = (packed.cuda(), [scale.cuda() for scale in scales], codebook.cuda(), *rest)
     for dtype in (torch.float32, torch.bfloat16):
-        out = torch.empty(shape, dtype=dtype, device="cuda")
-        nf4_dequantize(*there[:3], out, *rest[1:])
-        assert torch.equal(out.cpu(), decoded(parts, dtype))
+        assert torch.equal(decoded(there, dtype).cpu(), decoded(parts, dtype))
     x = randn(4, shape[1]).cuda().requires_grad_()
     y = nf4_linear(x, *there)
     y.sum().backward()

@@ -13,6 +13,7 @@ from torch import Tensor
 from minqlora import NF4Tensor, add_lora, load_model
 from minqlora.checkpoint import quantized_size
 from minqlora.model import CausalLM, KVCache, Normalize, SiluTimes, attend, rotate
+from minqlora.nf4 import Format
 
 
 def load_theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -112,7 +113,9 @@ def test_nf4_logits_on_the_same_codes_and_scales_are_those_of_bitsandbytes(
             "nested_codebook": state.state2.code,
             "offset": state.offset,
         }
-        weight = NF4Tensor(parts, state.shape, torch.float32, state.blocksize, state.state2.blocksize)
+        weight = NF4Tensor(
+            parts, torch.float32, Format(tuple(state.shape), state.blocksize, state.state2.blocksize)
+        )
         ours.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
     theirs = demo_bitsandbytes(demo_text).logits
     for linear in bitsandbytes_linears(demo_bitsandbytes).values():

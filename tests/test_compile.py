@@ -1,0 +1,340 @@
+"""Under torch.compile: one graph whatever the batch, and the weight stays packed until each product."""
+
+import logging
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch.utils.checkpoint import checkpoint
+
+from minqlora import add_lora, load_model
+from minqlora.lora import LoRALinear
+from minqlora.nf4 import NF4Tensor
+
+N, K = 24, 32
+SMALLEST = 8 * K  # numbers of the smallest part that is multiplied by here
+FORMAT = dict(block_size=8, nested_block_size=6)  # a row is four blocks
+
+inductor = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++"))
+    or not Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    reason="no C++ compiler, or no Python.h",
+)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def nf4_weight(n: int = N, k: int = K, seed: int = 0, **options) -> nn.Parameter:
+    weight = NF4Tensor.from_float(randn(n, k, seed=seed), **(FORMAT | options))
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def lora_layer(k: int, n: int, seed: int = 0) -> LoRALinear:
+    linear = nn.Linear(k, n, bias=False)
+    linear.weight = nf4_weight(n, k, seed)
+    layer = LoRALinear(linear, r=2, alpha=4)
+    with torch.no_grad():
+        layer.lora_A.copy_(randn(2, k, seed=seed + 1))
+        layer.lora_B.copy_(randn(n, 2, seed=seed + 2))
+    return layer
+
+
+class Backend:
+    """All of torch.compile but the kernels: counts the graphs, and what each backward takes."""
+
+    def __init__(self, partition: Callable = default_partition):
+        self.graphs = 0
+        self.saved: list[Tensor] = []
+        self.compile = aot_autograd(
+            fw_compiler=self.forward, bw_compiler=self.backward, partition_fn=partition
+        )
+
+    def forward(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        self.graphs += 1
+        return boxed(graph)
+
+    def backward(self, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        self.saved += [t for t in inputs if isinstance(t, Tensor)]
+        return boxed(graph)
+
+    @property
+    def saved_floats(self) -> int:
+        """How many floating-point numbers the backward passes take, gradients of outputs included."""
+        return sum(t.numel() for t in self.saved if t.is_floating_point())
+
+
+def boxed(graph: torch.fx.GraphModule) -> Callable:
+    def run(inputs: list) -> list:
+        return graph.forward(*inputs)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_nothing_compiled() -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+
+
+# -- products ------------------------------------------------------------------------------------------------
+
+# Name: a product of a weight (N, K), and the shape of the other operand.
+PRODUCTS: dict[str, tuple[Callable, tuple[int, ...]]] = {
+    "F.linear": (lambda w, x: F.linear(x, w), (2, K)),
+    "F.linear with bias": (lambda w, x: F.linear(x, w, torch.ones(N)), (2, 1, K)),
+    "F.linear of w.t()": (lambda w, x: F.linear(x, w.t()), (2, N)),
+    "x @ w.t()": (lambda w, x: x @ w.t(), (2, K)),
+    "3-D @ w.T": (lambda w, x: x @ w.T, (2, 1, K)),
+    "transposed 3-D @ w.T": (lambda w, x: x.mT @ w.T, (1, K, 2)),
+    "x @ w": (lambda w, x: x @ w, (2, N)),
+    "w @ x": (lambda w, x: w @ x, (K, 2)),
+    "w @ vector": (lambda w, x: w @ x, (K,)),
+    "addmm": (lambda w, x: torch.addmm(torch.ones(N), x, w.t(), beta=0.5, alpha=2), (2, K)),
+    "rows": (lambda w, x: F.linear(x, w[1:9]), (2, K)),
+    "rows of rows": (lambda w, x: x @ w[1:][2:10].t(), (2, K)),
+    "narrow": (lambda w, x: F.linear(x, w.narrow(0, 16, 8)), (2, K)),
+    "chunk": (lambda w, x: F.linear(x, w.chunk(3)[1]), (2, K)),
+    "split": (lambda w, x: F.linear(x, w.split([11, 8, 5])[1]), (2, K)),
+    "flat and back": (lambda w, x: F.linear(x, w.view(-1).view(N, K)), (2, K)),
+    "permute": (lambda w, x: x @ w.permute(1, 0), (2, K)),
+}
+
+
+def output_and_gradient(f: Callable, w: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    x = randn(*shape, seed=1, dtype=dtype).requires_grad_()
+    y = f(w, x)
+    return [y.detach(), *torch.autograd.grad(y, x, randn(*y.shape, seed=2, dtype=dtype))]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_compiled_products_equal_eager_and_save_nothing_decoded(name: str, double_quant: bool):
+    f, shape = PRODUCTS[name]
+    weight, backend = nf4_weight(double_quant=double_quant), Backend()
+    compiled = torch.compile(f, backend=backend.compile, fullgraph=True)
+    ours = output_and_gradient(compiled, weight, shape, torch.float32)
+    theirs = output_and_gradient(f, weight.dequantize(), shape, torch.float32)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)  # sums of 32 numbers up to 9
+    assert backend.graphs == 1
+    # Besides the map of 256 levels for scales, all of it is fewer numbers than the rows multiplied by have.
+    assert 0 < backend.saved_floats - (256 if double_quant else 0) < SMALLEST
+
+
+@pytest.mark.parametrize("partition", [default_partition, min_cut_rematerialization_partition])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["F.linear", "x @ w.t()"])
+def test_neither_partition_nor_dtype_saves_a_decoded_weight(
+    name: str, dtype: torch.dtype, partition: Callable
+):
+    f, shape = PRODUCTS[name]
+    weight, backend = nf4_weight(), Backend(partition)
+    compiled = torch.compile(f, backend=backend.compile, fullgraph=True)
+    ours = output_and_gradient(compiled, weight, shape, dtype)
+    for a, b in zip(ours, output_and_gradient(f, weight, shape, dtype), strict=True):
+        assert torch.equal(a, b)
+    assert 0 < backend.saved_floats < N * K
+
+
+def test_a_decoded_weight_would_have_been_seen():
+    backend = Backend()
+    weight = nf4_weight()
+    compiled = torch.compile(lambda w, x: x @ w.dequantize().t(), backend=backend.compile, fullgraph=True)
+    output_and_gradient(compiled, weight, (2, K), torch.float32)
+    assert backend.saved_floats >= N * K
+
+
+VIEWED = {
+    "part": lambda t: t[1:],
+    "transposed": lambda t: t.t(),
+    "transposed part": lambda t: t[1:9].t(),
+    "flat": lambda t: t.view(-1),
+}
+
+
+@pytest.mark.parametrize("name", VIEWED)
+def test_a_view_goes_into_a_graph_as_a_whole_weight_does(name: str):
+    weight = nn.Parameter(VIEWED[name](nf4_weight().data), requires_grad=False)
+    w, backend = weight.dequantize(), Backend()
+
+    def f(weight: Tensor, x: Tensor) -> Tensor:
+        return x @ weight if weight.dim() == 2 else x @ weight.view(N, K)
+
+    compiled = torch.compile(f, backend=backend.compile, fullgraph=True)
+    shape = (2, N if weight.dim() == 1 else weight.shape[0])
+    ours = output_and_gradient(compiled, weight, shape, torch.float32)
+    for a, b in zip(ours, output_and_gradient(f, w, shape, torch.float32), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t.t(), lambda t: t[1:]])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_compiled_decoding_gives_the_same_bits(dtype: torch.dtype | None, view: Callable):
+    weight, backend = nf4_weight(), Backend()
+    compiled = torch.compile(lambda w: view(w).dequantize(dtype), backend=backend.compile, fullgraph=True)
+    assert torch.equal(compiled(weight), view(weight).dequantize(dtype))
+    assert backend.graphs == 1
+
+
+# -- recompilations ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["nf4", "cast"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_one_compilation_of_an_operator_serves_any_number_of_rows(kind: str, backward: bool):
+    weight, ops = nf4_weight(), torch.ops.minqlora
+    if kind == "nf4":
+        operator = ops.nf4_linear_backward if backward else ops.nf4_linear
+        rest = (weight.packed, weight.scales, weight.codebook, N, K, *weight.format.sizes[1:])
+    else:
+        operator = ops.cast_linear_backward if backward else ops.cast_linear
+        rest = (randn(N, K, dtype=torch.float16),)
+    backend = Backend()
+    compiled = torch.compile(
+        lambda x: operator(x, *rest), backend=backend.compile, fullgraph=True, dynamic=True
+    )
+    for n_rows in (3, 4, 7):
+        x = randn(n_rows, N if backward else K)
+        assert torch.equal(compiled(x), operator(x, *rest))
+    assert backend.graphs == 1
+
+
+@pytest.mark.parametrize("name", ["F.linear", "x @ w.t()", "x @ w", "addmm", "rows"])
+def test_batches_of_any_size_take_two_compilations(name: str):
+    # The first for its own size, the second for all others: torch's rule, for dense weights too.
+    f, (_, width) = PRODUCTS[name]
+    weight, backend = nf4_weight(), Backend()
+    compiled = torch.compile(f, backend=backend.compile, fullgraph=True)
+    for batch in range(2, 14):  # of which torch would compile no more than eight
+        x = randn(batch, width).requires_grad_()
+        y = compiled(weight, x)
+        y.sum().backward()
+        torch.testing.assert_close(y, f(weight, x))
+    assert backend.graphs == 2
+
+
+def test_a_batch_marked_dynamic_takes_one_compilation():
+    layer, backend = lora_layer(K, N), Backend()
+    compiled = torch.compile(layer, backend=backend.compile, fullgraph=True)
+    for batch, length in ((2, 5), (3, 7), (4, 6)):
+        x = randn(batch, length, K).requires_grad_()
+        for dim in (0, 1):
+            torch._dynamo.mark_dynamic(x, dim)
+        y = compiled(x)
+        y.sum().backward()
+        torch.testing.assert_close(y, layer(x))
+    assert backend.graphs == 1
+
+
+def test_layers_of_one_shape_compiled_one_by_one_share_a_graph():
+    # As a model's blocks do: after eight compilations of one piece of code torch gives up.
+    backend = Backend()
+    layers = [lora_layer(K, K, seed=10 * i) for i in range(10)]
+    compiled = [torch.compile(layer, backend=backend.compile, fullgraph=True) for layer in layers]
+    x = randn(2, K).requires_grad_()
+    for layer, fast in zip(layers, compiled, strict=True):
+        assert torch.equal(fast(x), layer(x))
+    assert backend.graphs == 1
+
+
+def test_layers_of_several_shapes_and_batches_take_two_compilations():
+    shapes = [(K, N), (N, 40), (40, 8), (8, 16), (16, K)]
+    net = nn.Sequential(*(lora_layer(k, n, seed=k) for k, n in shapes))
+    backend = Backend()
+    compiled = torch.compile(net, backend=backend.compile, fullgraph=True)
+    for batch in (4, 4, 6, 3, 9):
+        x = randn(batch, K).requires_grad_()
+        compiled(x).sum().backward()
+    assert backend.graphs == 2
+
+
+def train(folder: Path, lengths: tuple[int, ...], backend: Backend | None) -> list[float]:
+    """The losses of a step of training for each length, with adapters and dropout."""
+    torch.manual_seed(0)
+    model = load_model(folder, dtype=torch.float32)
+    add_lora(model, r=2, dropout=0.5)
+    model.train()
+    f = torch.compile(model, backend=backend.compile, fullgraph=True) if backend else model
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    vocabulary = model.lm_head.weight.shape[0]
+    losses = []
+    for i, length in enumerate(lengths):
+        torch.manual_seed(i)  # for dropout
+        ids = torch.randint(vocabulary, (2, length), generator=torch.Generator().manual_seed(i))
+        logits = f(ids)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_training_loop_is_compiled_once_and_equals_eager(tiny_model: Path):
+    lengths, backend = (16, 16, 16, 16), Backend()
+    losses = train(tiny_model, lengths, backend)
+    torch.testing.assert_close(losses, train(tiny_model, lengths, None), rtol=1e-4, atol=0)
+    assert backend.graphs == 1
+    assert len(set(losses)) == 4
+
+
+def test_a_training_loop_over_lengths_is_not_compiled_after_its_second_step(make_llama: Callable[..., Path]):
+    folder = make_llama(num_hidden_layers=1)
+    lengths, backend = (16, 17, 12, 23), Backend()
+    losses = train(folder, lengths, backend)
+    torch.testing.assert_close(losses, train(folder, lengths, None), rtol=1e-4, atol=0)
+    assert backend.graphs == 2
+
+
+# -- checkpointing -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["F.linear", "x @ w.t()", "w @ x", "addmm", "rows", "F.linear of w.t()"])
+def test_checkpointing_gives_the_same_gradients(name: str, compiled: bool):
+    f, shape = PRODUCTS[name]
+    weight, backend = nf4_weight(), Backend()
+
+    def recomputed(w: Tensor, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: f(w, x.sin()).sin(), x, use_reentrant=False)
+
+    g = torch.compile(recomputed, backend=backend.compile, fullgraph=True) if compiled else recomputed
+    ours = output_and_gradient(g, weight, shape, torch.float32)
+    theirs = output_and_gradient(lambda w, x: f(w, x.sin()).sin(), weight, shape, torch.float32)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert backend.saved_floats < N * K
+
+
+# -- with kernels --------------------------------------------------------------------------------------------
+
+
+@inductor
+def test_inductor_multiplies_by_views_and_its_cache_has_no_complaints(caplog):
+    weight = nf4_weight()
+
+    def f(w: Tensor, x: Tensor) -> Tensor:  # in one function, because compiling takes seconds
+        return (x @ w.t()).sin() @ w + F.linear(x, w[1:9]).mean()
+
+    kept: list[Tensor] = []
+    with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.WARNING):
+        warnings.simplefilter("always")
+        compiled = torch.compile(f, fullgraph=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            ours = output_and_gradient(compiled, weight, (2, K), torch.float32)
+    for a, b in zip(ours, output_and_gradient(f, weight, (2, K), torch.float32), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    assert "_stable_hash_for_caching" not in caplog.text + " ".join(str(w.message) for w in warned)
+    assert 0 < sum(t.numel() for t in kept if t.is_floating_point()) < N * K
