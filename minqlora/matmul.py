@@ -40,9 +40,10 @@ from torch import Tensor
 
 from minqlora.quantize import byte_table, codes_per_byte, dequantize, dequantize_scales, empty, scratch
 
-# Numbers in a tile of decoded weights: 8 MiB of float32, about a core's share of the last cache. With what
-# decoding needs besides, the scratch of a thread stays under 16 MiB, whatever the matrix.
-TILE = 2**21
+# Bytes in a tile of decoded weights: about a core's share of the last cache. With what decoding needs,
+# the scratch of a thread stays under 16 MiB, whatever the matrix.
+TILE = 2**23
+TOKENS = 512  # tokens whose gradients are summed at a time
 WINDOW = 2**18  # scales decoded at a time: 1 MiB of float32
 
 Tiles = Iterator[
@@ -153,7 +154,7 @@ def _nf4_tiles(
         return
     # A tile begins with a byte: of rows of odd width, every other one does.
     granule = per_byte if n_columns % per_byte else 1
-    step = max(TILE // n_columns // granule, 1) * granule
+    step = max(TILE // (n_columns * dtype.itemsize) // granule, 1) * granule
     window = slice(
         0, 0
     )  # the blocks whose scales are decoded: those of many tiles, for the sake of small ones
@@ -187,7 +188,7 @@ def _absmax(scales: list[Tensor], first: int, last: int, nested_block_size: int,
 
 def _cast_tiles(weight: Tensor, dtype: torch.dtype) -> Tiles:
     n_columns = weight.shape[1]
-    step = max(TILE // n_columns, 1)
+    step = max(TILE // (n_columns * dtype.itemsize), 1)
     for start in range(0, len(weight), step):
         rows = slice(start, min(start + step, len(weight)))
         tile = scratch("tile", (rows.stop - rows.start) * n_columns, dtype, weight.device)
@@ -221,18 +222,20 @@ def _multiply(x: Tensor, n_rows: int, tiles: Tiles) -> Tensor:
 
 
 def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
-    grad_x = None
+    n_tokens = len(grad_y)
+    if grad_y.element_size() >= 4:
+        grad_x = grad_y.new_zeros(n_tokens, n_columns)
+        for rows, tile in tiles:
+            grad_x.addmm_(grad_y[:, rows], tile)  # (T, rows) @ (rows, K) -> (T, K)
+        return grad_x
+    # Summed in float32, because rounding the sum to 16 bits at every tile would triple the error; and a few
+    # tokens at a time, so that a product is still in the cache when it is added.
+    total = empty((n_tokens, n_columns), torch.float32, grad_y.device).zero_()
     for rows, tile in tiles:
-        if grad_x is None:
-            grad_x = grad_y[:, rows] @ tile  # (T, rows) @ (rows, K) -> (T, K)
-        elif grad_y.element_size() > 2:
-            grad_x.addmm_(grad_y[:, rows], tile)
-        else:  # summed in float32: rounding the sum to 16 bits at every tile would triple the error
-            grad_x = grad_x.float().add_(grad_y[:, rows] @ tile)
-    if grad_x is None:  # a weight of no rows
-        return grad_y.new_zeros(len(grad_y), n_columns)
-    assert grad_x.shape[1] == n_columns
-    return grad_x.to(grad_y.dtype)
+        for start in range(0, n_tokens, TOKENS):
+            some = slice(start, start + TOKENS)
+            total[some].add_(grad_y[some, rows] @ tile)
+    return total.to(grad_y.dtype)
 
 
 # ---- the operators -----------------------------------------------------------------------------------------

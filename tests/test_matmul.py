@@ -23,7 +23,7 @@ from minqlora.quantize import byte_table, codes_per_byte, dequantize_scales, qua
 N, K = 10, 12  # blocks of 64 run over the ends of rows, and the last one is short
 SHAPES = [(10, 12), (7, 9), (3, 128), (5, 1), (1, 5), (65, 2), (9, 100)]
 # A tile of one granule, of a few rows, and of the whole weight.
-TILES = [1, 200, 2**21]
+TILES = [1, 800, 2**23]
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -93,7 +93,7 @@ def test_scales_are_decoded_in_windows_of_any_size(double_quant, tile, window, m
 @pytest.mark.parametrize("shape", [(11, 9), (5, 1), (3, 128)])
 def test_tiles_are_decoded_in_runs_of_any_size(shape, run, monkeypatch):
     parts = pack(shape, block_size=4)
-    monkeypatch.setattr(matmul, "TILE", 30)
+    monkeypatch.setattr(matmul, "TILE", 30 * 4)
     monkeypatch.setattr(quantization, "RUN", run)
     assert torch.equal(decoded(parts), decoded_by_hand(parts))
 
@@ -195,7 +195,7 @@ def test_backward_product_alone_is_that_of_the_decoded_matrix(shape, tile, monke
 
 @pytest.mark.parametrize("tiles", [1, 4])
 def test_tiles_in_bfloat16_round_once_each(tiles: int, monkeypatch):
-    monkeypatch.setattr(matmul, "TILE", 192 * 64 // tiles)
+    monkeypatch.setattr(matmul, "TILE", 192 * 64 * 2 // tiles)
     parts = pack((192, 64))
     w = decoded(parts, torch.bfloat16).double()
     x = randn(8, 64, dtype=torch.bfloat16).requires_grad_()
@@ -265,7 +265,7 @@ def scratch_bytes() -> int:
 
 
 def test_the_scratch_holds_one_tile(monkeypatch):
-    # Of a weight of 64 rows in tiles of 16 numbers, no more than four rows are ever decoded at a time.
+    # Of 64 rows of four in tiles of 64 bytes, no more than four rows are ever decoded at a time.
     seen: list[Tensor] = []
     decode = matmul.dequantize
 
@@ -273,13 +273,13 @@ def test_the_scratch_holds_one_tile(monkeypatch):
         seen.append(out)
         return decode(packed, absmax, codebook, block_size, out, first)
 
-    monkeypatch.setattr(matmul, "TILE", 16)
+    monkeypatch.setattr(matmul, "TILE", 64)
     monkeypatch.setattr(matmul, "dequantize", watched)
     x = randn(2, 4).requires_grad_()
     nf4_linear(x, *pack((64, 4), block_size=16)).sum().backward()
     assert [len(tile) for tile in seen] == [4] * 32
     assert len({tile.data_ptr() for tile in seen}) == 1
-    assert [len(tile) for _, tile in matmul._cast_tiles(randn(10, 4), torch.float64)] == [4, 4, 2]
+    assert [len(tile) for _, tile in matmul._cast_tiles(randn(10, 4), torch.float64)] == [2] * 5
 
 
 def test_a_tile_of_rows_of_odd_width_begins_with_a_byte(monkeypatch):
@@ -291,7 +291,7 @@ def test_a_tile_of_rows_of_odd_width_begins_with_a_byte(monkeypatch):
         seen.append((len(out), first))
         return decode(packed, absmax, codebook, block_size, out, first)
 
-    monkeypatch.setattr(matmul, "TILE", 3)
+    monkeypatch.setattr(matmul, "TILE", 3 * 8)
     monkeypatch.setattr(matmul, "dequantize", watched)
     parts = pack((5, 3), block_size=4)
     x = randn(2, 3, dtype=torch.float64)
@@ -397,7 +397,7 @@ def test_cast_product_of_equal_dtypes_is_a_plain_linear():
 
 
 def test_cast_product_takes_a_weight_that_is_not_contiguous(monkeypatch):
-    monkeypatch.setattr(matmul, "TILE", 25)
+    monkeypatch.setattr(matmul, "TILE", 100)
     weight = randn(K, N, dtype=torch.bfloat16).T
     torch.testing.assert_close(cast_linear(randn(3, K), weight), randn(3, K) @ weight.float().T)
 
