@@ -25,10 +25,11 @@ What else the 16 levels could be, for comparison, each as close as it comes to 0
     quantile   the quantiles of the weight              its own   NormalFloat's origin; one codebook a matrix
 
 The scales are numbers too, one for every 64 weights, and Chapter 3 stores each of those in 8 bits with a
-second codebook: the *dynamic map*, 256 levels over seven powers of ten, finest for the largest numbers.
+second codebook: the *dynamic map*, 256 levels over seven powers of ten, finest, for their size, where the
+largest are.
 
 Shapes and dtypes: every codebook here is a 1-D float32 tensor, and a code is a place in it; `levels("nf4")`
-has 16 entries, `dynamic_map()` 256. They ascend, but for those of floats, which stand in the order of their
+has 16 entries, `dynamic_map()` 256. They ascend, but for those of `fp4*`, which stand in the order of their
 bits (sign, exponent, mantissa). Cost: 64 and 1,024 bytes, once for a whole model, however many layers use
 them.
 
@@ -89,9 +90,8 @@ def normal_float(bits: int = 4) -> np.ndarray:
     if not 2 <= bits <= 8:
         raise ValueError(f"NormalFloat has 2 to 8 bits, not {bits}")
     n = 2**bits
-    offset = round(
-        1 - (1 / (2 * n) + 1 / (2 * n - 2)) / 2, 7
-    )  # the constants were made from 0.9677083, not 929/960
+    # Rounded, because the constants were made from 0.9677083, not from 929/960.
+    offset = round(1 - (1 / (2 * n) + 1 / (2 * n - 2)) / 2, 7)
     positive = ndtri(_linspace(offset, 0.5, n // 2 + 1)[:-1].astype(np.float64))
     negative = -ndtri(_linspace(offset, 0.5, n // 2)[:-1].astype(np.float64))
     levels = np.sort(np.concatenate([negative, [0.0], positive]).astype(np.float32))
@@ -168,7 +168,7 @@ QUANT_TYPES: dict[str, Sequence[float] | np.ndarray | None] = {
 
 @cache
 def levels(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
-    """Return the levels of a quant_type, float32 (2 to 256,), on `device`: one shared tensor per device,
+    """Return the levels of a quant_type, float32 (4 to 256,), on `device`: one shared tensor per device,
     not to be written to.
 
     Raises ValueError for a name that QUANT_TYPES has not, or has no fixed levels for.
@@ -207,7 +207,7 @@ _SHARED: dict[tuple[bytes, torch.device], Tensor] = {}  # by content and device
 def shared(levels: Tensor, device: torch.device | str) -> Tensor:
     """Return the one codebook on `device` that equals `levels`, so that all layers of a model share one."""
     with torch.inference_mode(False):  # an inference tensor could not be saved for a backward pass later
-        placed = (levels.clone() if levels.is_inference() else levels).to(device)
+        placed = levels.to(device, copy=True)  # the caller's own may be written to
     if levels.is_meta:
         return placed  # which has no content to be known by
     key = levels.cpu().numpy().tobytes(), placed.device  # the tensor's own device: "cuda" is "cuda:0"

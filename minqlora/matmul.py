@@ -1,11 +1,18 @@
 """Chapter 4. The product: X @ dequantize(W).T, and nothing dequantized outlives it.
 
 A linear layer with a 4-bit weight multiplies by a matrix that does not exist: it is decoded for the product
-and dropped again. The backward pass decodes it a second time. That is the bargain of QLoRA: two look-ups for
-3.9 times less memory::
+and dropped again. The backward pass decodes it a second time. That is the bargain of QLoRA: two decodings a
+step for 3.9 times less memory than 16 bits take::
 
-    forward     Y  = X  @ W      (T, K) @ (K, N) -> (T, N)       W = dequantize(packed, scales).T
-    backward    dX = dY @ W.T    (T, N) @ (N, K) -> (T, K)       the frozen weight itself gets no gradient
+    forward     Y  = X  @ W.T    (T, K) @ (K, N) -> (T, N)       W = dequantize(packed, scales), (N, K)
+    backward    dX = dY @ W      (T, N) @ (N, K) -> (T, K)       the frozen weight itself gets no gradient
+
+The four weights of Chapter 1, as a matrix of one row::
+
+    X                  1.0      2.0      3.0      4.0
+    W, decoded         0.2892  -0.0364   0.0984  -0.4000
+    Y = X @ W.T       -1.0883                               of the weights before they were quantized: -1.0100
+    dX = dY @ W        0.2892  -0.0364   0.0984  -0.4000    for dY = 1
 
 On a CPU the matrix is decoded in tiles of rows: four rows of a 6 x 4 weight, multiplied into four columns of
 Y, then the other two. The scratch holds one tile, stays in cache, and is what the product reads next. On a
@@ -46,9 +53,8 @@ TILE = 2**23
 TOKENS = 512  # tokens whose gradients are summed at a time
 WINDOW = 2**18  # scales decoded at a time: 1 MiB of float32
 
-Tiles = Iterator[
-    tuple[slice, Tensor]
-]  # rows of the weight, and the same rows decoded: (rows, K) in the compute dtype
+# Rows of the weight, and the same rows decoded: (rows, K) in the compute dtype.
+Tiles = Iterator[tuple[slice, Tensor]]
 
 
 def nf4_linear(
@@ -63,7 +69,7 @@ def nf4_linear(
 ) -> Tensor:
     """Return x @ W.T for a W stored in 4 bits; differentiable in x.
 
-    x: (..., K). packed: uint8, codebook: float32 (16,). scales: [absmax], or with double quantization
+    x: (..., K). packed: uint8, codebook: float32 (4 to 256,). scales: [absmax], or with double quantization
     [absmax_codes, nested_absmax, nested_codebook, offset]. shape: (N, K) of W. nested_first: how many scales
     of the first nested block come before these (of a part of a larger weight). Returns (..., N) in x's dtype.
     """
@@ -142,6 +148,7 @@ def _nf4_tiles(
     nested_first: int,
     dtype: torch.dtype,
     out: Tensor | None = None,
+    tile: int | None = None,
 ) -> Tiles:
     # Decoded into the rows of `out` where it is given, else into a scratch that each next tile overwrites.
     per_byte = codes_per_byte(codebook)
@@ -154,10 +161,8 @@ def _nf4_tiles(
         return
     # A tile begins with a byte: of rows of odd width, every other one does.
     granule = per_byte if n_columns % per_byte else 1
-    step = max(TILE // (n_columns * dtype.itemsize) // granule, 1) * granule
-    window = slice(
-        0, 0
-    )  # the blocks whose scales are decoded: those of many tiles, for the sake of small ones
+    step = max((tile or TILE) // (n_columns * dtype.itemsize) // granule, 1) * granule
+    window = slice(0, 0)  # the blocks whose scales are decoded, those of many tiles at a time
     for start in range(0, n_rows, step):
         rows = slice(start, min(start + step, n_rows))
         first, last = rows.start * n_columns, rows.stop * n_columns
@@ -166,12 +171,12 @@ def _nf4_tiles(
             window = slice(first_block, min(max(first_block + WINDOW, last_block), n_blocks))
             absmax = _absmax(scales, window.start, window.stop, nested_block_size, nested_first)
         if out is None:
-            tile = scratch("tile", last - first, dtype, packed.device).view(-1, n_columns)
+            decoded = scratch("tile", last - first, dtype, packed.device).view(-1, n_columns)
         else:
-            tile = out[rows]
+            decoded = out[rows]
         some_packed = packed[first // per_byte : -(-last // per_byte)]
         some_absmax = absmax[first_block - window.start :]
-        yield rows, dequantize(some_packed, some_absmax, codebook, block_size, tile, first % block_size)
+        yield rows, dequantize(some_packed, some_absmax, codebook, block_size, decoded, first % block_size)
 
 
 def _absmax(scales: list[Tensor], first: int, last: int, nested_block_size: int, nested_first: int) -> Tensor:
@@ -200,7 +205,7 @@ def compiled_decode(block_size: int, dtype: torch.dtype):
     """Return the decoding of a whole weight as one compiled kernel, for accelerators.
 
     The function maps (packed, absmax, table, n) to n decoded numbers. Sizes are symbols in it, so that one
-    compilation serves all layers: after eight recompilations torch.compile gives up without a word.
+    compilation serves all layers: after eight recompilations torch.compile runs the function uncompiled.
     """
 
     def decode(packed: Tensor, absmax: Tensor, table: Tensor, n: int) -> Tensor:
@@ -217,8 +222,18 @@ def compiled_decode(block_size: int, dtype: torch.dtype):
 def _multiply(x: Tensor, n_rows: int, tiles: Tiles) -> Tensor:
     y = x.new_empty(len(x), n_rows)  # (T, N)
     for rows, tile in tiles:
-        torch.mm(x, tile.T, out=y[:, rows])  # (T, K) @ (K, rows) -> (T, rows)
+        if _is_single(x):
+            # A core multiplies the rows that it has decoded. In mm cores read one another's, and where they
+            # share no cache that takes three times as long as all the rest.
+            torch.sum(tile.mul_(x), dim=1, out=y[0, rows])  # (rows, K) -> (rows,)
+        else:
+            torch.mm(x, tile.T, out=y[:, rows])  # (T, K) @ (K, rows) -> (T, rows)
     return y
+
+
+def _is_single(x: Tensor) -> bool:
+    # One token on a CPU, as in generation. (Of 16 bits the products would be rounded before they are summed.)
+    return len(x) == 1 and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
@@ -254,7 +269,8 @@ def _nf4_forward(
     nested_first: int,
 ) -> Tensor:
     sizes = (n_rows, n_columns, block_size, nested_block_size, nested_first)
-    return _multiply(x, n_rows, _nf4_tiles(packed, scales, codebook, *sizes, x.dtype))
+    tile = TILE // 2 if _is_single(x) else TILE  # decoded in one run, by the cores that will read it
+    return _multiply(x, n_rows, _nf4_tiles(packed, scales, codebook, *sizes, x.dtype, tile=tile))
 
 
 @torch.library.custom_op("minqlora::nf4_linear_backward", mutates_args=())

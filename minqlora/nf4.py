@@ -1,8 +1,8 @@
 """Chapter 5. NF4Tensor: 4 bits in memory, an ordinary weight to the rest of PyTorch.
 
 `nn.Linear` should not learn what 4-bit is. So the packed bytes and their scales are put into a tensor
-subclass with the shape, dtype and device of the weight it replaces, and `F.linear` is the one operation that
-looks inside::
+subclass with the shape, dtype and device of the weight it replaces, and a short list of operations,
+`F.linear` first, looks inside::
 
     >>> linear = nn.Linear(1536, 576, bias=False, dtype=torch.bfloat16)
     >>> linear.weight = nn.Parameter(NF4Tensor.from_float(linear.weight), requires_grad=False)
@@ -67,9 +67,7 @@ class Format:
     shape: tuple[int, int]  # (N, K) of the matrix, however it is viewed
     block_size: int = 64  # weights that share a scale
     nested_block_size: int = 256  # scales that share a second scale
-    nested_first: int = (
-        0  # scales of the first nested block that come before these: of a part cut off a larger one
-    )
+    nested_first: int = 0  # of a part of a larger weight: scales of the first nested block before its own
     quant_type: str = "nf4"
     view: Literal["matrix", "transposed", "flat"] = "matrix"  # (N, K), (K, N) or (N K,)
 
@@ -94,8 +92,9 @@ class NF4Tensor(Tensor):
 
     Attributes: `packed` uint8 (ceil(N K / 2),); `codebook` float32 (16,); without double quantization
     `absmax` float32 (n_blocks,); with it `absmax` is None and there are `absmax_codes` uint8 (n_blocks,),
-    `nested_absmax` float32, `nested_codebook` float32 (256,) and `offset` float32 (). `format` says how they
-    are to be read. Other levels than NF4's may stand in `codebook`, with as many codes to a byte as fit.
+    `nested_absmax` float32, `nested_codebook` float32 (256,) and `offset` float32 (). `format` says how
+    they are to be read. Other levels than NF4's may stand in `codebook`: two codes a byte for up to 16,
+    one for more.
     """
 
     packed: Tensor
@@ -139,8 +138,9 @@ class NF4Tensor(Tensor):
         first even. double_quant: store the scales in 8 bits, found by `scale_rule` as in
         `quantize.quantize_scales`.
 
-        Raises ValueError for another quant_type or scale_rule, a shape that is not (N, K), an odd or
-        non-positive block size, and a weight with NaN or infinity.
+        Raises ValueError for another quant_type or scale_rule, a weight that is not floating-point (N, K),
+        is empty, quantized already, or holds a NaN or infinity, and for a block size that is not positive
+        and even.
         """
         if quant_type not in codebook.QUANT_TYPES:
             raise ValueError(
@@ -235,7 +235,7 @@ class NF4Tensor(Tensor):
         return (
             f"NF4Tensor(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {quant_type}"
             f"block_size={self.format.block_size}, double_quant={self.absmax is None}, "
-            f"{self.bits_per_parameter if self.numel() else 0:.3f} bits per parameter)"
+            f"{self.bits_per_parameter:.3f} bits per parameter)"
         )
 
     def __reduce_ex__(self, protocol):
@@ -266,7 +266,7 @@ class NF4Tensor(Tensor):
         return NF4Tensor(parts, self.dtype, replace(self.format, **format))
 
     def _on(
-        self, device: torch.device, dtype: torch.dtype, change: Callable[[Tensor], Tensor], **format: Any
+        self, device: torch.device, dtype: torch.dtype, change: Callable[[Tensor], Tensor]
     ) -> "NF4Tensor":
         # The same with the codebooks of another device.
         if not dtype.is_floating_point:
@@ -275,7 +275,7 @@ class NF4Tensor(Tensor):
         parts = {name: change(part) for name, part in parts.items()}
         for name in self.parts.keys() & set(SHARED_PARTS):
             parts[name] = self._shared_part(name, device)
-        return NF4Tensor(parts, dtype, replace(self.format, **format))
+        return NF4Tensor(parts, dtype, self.format)
 
     def _shared_part(self, name: str, device: torch.device) -> Tensor:
         part: Tensor = getattr(self, name)
@@ -293,7 +293,7 @@ class NF4Tensor(Tensor):
     def __tensor_flatten__(self):
         return list(self.parts), (self.dtype, self.format)
 
-    def _stable_hash_for_caching(self) -> str:
+    def _stable_hash_for_caching(self) -> str:  # what torch.compile keys its cache of graphs by
         return repr((list(self.parts), self.dtype, self.format, self.device, self.requires_grad))
 
     @staticmethod
@@ -308,6 +308,8 @@ class NF4Tensor(Tensor):
         if func is F.linear:
             return _linear(*args, **kwargs)
         if func in MATMULS and len(args) == 2:
+            # Contiguous, more than two dimensions are folded into one mm; behind a weight, only transposed
+            # are.
             a, b = args if func is not Tensor.__rmatmul__ else args[::-1]
             if isinstance(a, NF4Tensor) and b.dim() > 2:
                 return (b.mT @ a.mT).mT
@@ -334,8 +336,8 @@ class NF4Tensor(Tensor):
             "Call .dequantize() first for an ordinary tensor."
         )
 
-    # ---- FSDP2 (torch.distributed.fsdp.fully_shard): each rank holds some rows, and gathers all for a
-    # product --
+    # ---- FSDP2, fully_shard: each rank holds some rows, and gathers all of them for a product
+    # ---------------
 
     def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
         """Return what the ranks exchange: the packed rows and their scales, decoded, because ranks begin
@@ -388,8 +390,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return y if bias is None else y + bias.to(y.dtype)
 
 
-# ---- operations, below autograd
-# ------------------------------------------------------------------------------
+# ---- operations, below autograd ----------------------------------------------------------------------------
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:

@@ -34,16 +34,17 @@ runs through fifteen. One table has the code at the lower end of each pattern, a
     0.8600     = 0x3F5C 28F6     code[0x3F5C] = 14, border 0.86148: not above it, so 14
     0.8620     = 0x3F5C AC08     the same entries:                  above it,     so 15
 
-Two look-ups and a comparison, for any codebook. Decoding is one look-up for *two* numbers: a byte holds two
-codes, and a table of 256 pairs of levels turns it into two floats at once.
+Two look-ups and a comparison; only where two borders share their upper 16 bits is the code searched for.
+Decoding is one look-up for *two* numbers: a byte holds two codes, and a table of 256 pairs of levels turns
+it into two floats at once.
 
 Differences. Packed codes equal bitsandbytes' bit for bit, corners included: a border value takes the lower
-code, a block of zeros takes the code of zero, a short last block is divided by its scale where a full one is
-multiplied by the reciprocal. Scales are encoded to the *nearest* level (ties to the even code), as
-bitsandbytes' CUDA kernels do; its CPU code looks them up in a table of 65,536 steps that misses the nearest
-level for 0.2 % of them, which `scale_rule="table"` repeats. The mean is taken in float64, so that it is the
-same on every machine; bitsandbytes' float32 mean depends on the number of threads. The paper subtracts the
-mean of the scales, as here.
+code, a block of zeros takes the code of zero, a short last block is divided by its scale where a full one
+is multiplied by the reciprocal. Scales are encoded to the *nearest* level (ties to the even code), as
+bitsandbytes' CUDA kernels do; its CPU code looks them up in a table of 65,536 steps that misses the
+nearest level for 0.2 % of them, which `scale_rule="table"` repeats. The mean is summed in float64, so that
+its float32 hardly ever depends on the order; bitsandbytes' float32 mean depends on the number of threads.
+The paper subtracts the mean of the scales, as here.
 
 Paper: "Block-wise k-bit Quantization", "Double Quantization".
 
@@ -115,7 +116,8 @@ def quantize_double(
     nested_block_size: int,
     scale_rule: str = "midpoint",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize a weight, and its scales to 8 bits: double quantization. All scales never exist in float32.
+    """Quantize a weight, and its scales to 8 bits: double quantization. Never are all scales in float32 at
+    once.
 
     Arguments as of `quantize` and `quantize_scales`. Returns `packed`, `absmax_codes` uint8 (n_blocks,),
     `nested_absmax` float32 (ceil(n_blocks / nested_block_size),) and `offset` float32 (). Raises as they do.
@@ -167,9 +169,8 @@ def quantize_scales(
         # A number on a border has the lower code; the rule is the even one.
         border_above = F.pad(thresholds(codebook), (0, 1), value=math.inf)  # (256,)
         codes += (codes & 1) * (scaled == border_above[codes.int()])
-    return codes.masked_fill_(
-        scaled.isnan(), 0
-    ), nested_absmax  # scales that are all equal: 0 * inf, and code 0
+    codes.masked_fill_(scaled.isnan(), 0)  # 0 * inf: scales that are all equal
+    return codes, nested_absmax
 
 
 def mean_scale(weight: Tensor, block_size: int) -> Tensor:
@@ -188,6 +189,7 @@ def mean_scale(weight: Tensor, block_size: int) -> Tensor:
 
 def scaled_sample(weight: Tensor, block_size: int, n: int = 2**18) -> Tensor:
     """Return about n of a weight's numbers, from all over it, divided by their scales: float32 on the CPU."""
+    _require_numbers(weight)
     run = 64 * block_size
     step = max(weight.numel() // n, 1) * run
     samples = []
@@ -224,17 +226,17 @@ def _scale_down(numbers: Tensor, scales: Tensor, block_size: int) -> Tensor:
 
 
 def encode(scaled: Tensor, codebook: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the code of each number: how many borders between levels lie strictly below it, uint8 (n,).
+    """Return the code of the level nearest to each number, of the lower one on a border, uint8 (n,).
 
-    scaled: float32 (n,). codebook: float32 levels; codes are places in it, ascending or not. out: where to
-    write the codes.
+    Among ascending levels that is how many borders lie strictly below the number. scaled: float32 (n,).
+    codebook: float32 levels; codes are places in it, ascending or not. out: where to write the codes.
     """
     tables, n, device = _encoding_tables(codebook), scaled.numel(), scaled.device
     out = torch.empty(n, dtype=torch.uint8, device=device) if out is None else out
     if tables.lower is None or tables.border_inside is None:
         out.copy_(torch.bucketize(scaled, tables.borders, out_int32=True))
     else:
-        border = scratch("tile", n, torch.float32, device)
+        border = scratch("tile", n, torch.float32, device)  # in its memory stand the patterns first
         pattern = torch.bitwise_right_shift(scaled.view(torch.int32), 16, out=border.view(torch.int32))
         index = scratch("index", n, torch.int64, device).copy_(pattern).bitwise_and_(0xFFFF)
         look_up(tables.lower, index, out)
@@ -414,19 +416,17 @@ def byte_table(codebook: Tensor) -> Tensor:
 # ---- what both need ----------------------------------------------------------------------------------------
 
 
-def look_up(table: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return table[index], (n,), or write it to `out`. table: (m,). index: int64 (n,).
+def look_up(table: Tensor, index: Tensor, out: Tensor) -> None:
+    """Write table[index] to `out`. table: (m,). index: int64 (n,). out: (n,) of table's dtype.
 
     As rows of one and the same table, because PyTorch looks rows up in parallel, and a single one on one
     core.
     """
-    out = table.new_empty(index.shape) if out is None else out
     rows = 64
     even = index.numel() // rows * rows
     torch.gather(table.expand(rows, -1), 1, index[:even].view(rows, -1), out=out[:even].view(rows, -1))
     if even < index.numel():
         torch.gather(table, 0, index[even:], out=out[even:])
-    return out
 
 
 _scratch = threading.local()

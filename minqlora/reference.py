@@ -61,8 +61,8 @@ class Quantized:
         if len(self.levels) > 16:
             raise ValueError(f"codes of {len(self.levels)} levels do not fit two a byte")
         codes = self.codes.reshape(-1)
-        zero = np.argmin(np.abs(self.levels)).astype(np.uint8)  # fills the idle nibble of an odd array
-        pairs = np.append(codes, [zero] * (codes.size % 2)).reshape(-1, 2).astype(np.uint8)
+        zero = np.argmin(np.abs(self.levels))  # fills the idle nibble of an odd array
+        pairs = np.append(codes, np.full(codes.size % 2, zero, np.uint8)).reshape(-1, 2)
         return pairs[:, 0] << 4 | pairs[:, 1]
 
 
@@ -145,7 +145,7 @@ def _quantize_scales(quantized: Quantized) -> Quantized:
     codes = np.searchsorted(borders, scaled)
     on_border = scaled == borders[np.minimum(codes, 254)]
     codes = codes + (on_border & (codes % 2 == 1))  # the even code of the two
-    codes[nested[block] == 0] = 0  # scales that are all equal: any code decodes to the offset, and this is it
+    codes[np.isnan(scaled)] = 0  # 0 * inf: scales that are all equal, and any code decodes to the offset
     return Quantized(
         codes=quantized.codes,
         absmax=levels[codes] * nested[block] + offset,

@@ -152,6 +152,15 @@ def test_expression_for_the_gpu_decodes_to_the_same_bits(shape, dtype):
     assert torch.equal(flat.view(shape), decoded(parts, dtype))
 
 
+def test_worked_example_of_the_docstring():
+    packed, absmax = quantize(torch.tensor([[0.30, -0.02, 0.11, -0.40]]), levels("nf4"), 4)
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]], requires_grad=True)
+    y = nf4_linear(x, packed, [absmax], levels("nf4"), (1, 4), 4, 256)
+    y.backward(torch.ones(1, 1))
+    assert round(y.item(), 4) == -1.0883
+    assert [round(number, 4) for number in x.grad[0].tolist()] == [0.2892, -0.0364, 0.0984, -0.4]
+
+
 # -- the product ---------------------------------------------------------------------------------------------
 
 
