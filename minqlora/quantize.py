@@ -52,11 +52,12 @@ Before: reference. Next: matmul.
 """
 
 import contextlib
+import ctypes
 import math
 import mmap
 import threading
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -453,12 +454,20 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     """Return an uninitialised tensor, a large one on huge pages where Linux has them.
 
     The first touch of a page is a trip to the kernel. In pages of 4 KiB, 64 MiB take 17 ms of them, three
-    times as long as decoding a weight into it; in pages of 2 MiB, 2 ms.
+    times as long as decoding a weight into it; in pages of 2 MiB, 2 ms. An allocator that keeps what is freed
+    hands out pages that were touched before, and is left to it.
     """
-    n = math.prod(shape)
-    if device.type != "cpu" or n * dtype.itemsize < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
+    n_bytes = math.prod(shape) * dtype.itemsize
+    large = device.type == "cpu" and n_bytes >= 2**22
+    if not large or not hasattr(mmap, "MADV_HUGEPAGE") or _allocator_keeps_pages():
         return torch.empty(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, n * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without them
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+@cache
+def _allocator_keeps_pages() -> bool:
+    process = ctypes.CDLL(None)  # what is loaded into it; MADV_HUGEPAGE says that this is Linux
+    return hasattr(process, "tc_malloc") or hasattr(process, "mallctl")  # tcmalloc, jemalloc

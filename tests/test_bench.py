@@ -247,3 +247,26 @@ def test_error_says_when_a_folder_has_no_linear_weights(tmp_path, monkeypatch, c
     safetensors.torch.save_file({"wte.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
     assert stop_of(monkeypatch, "error", "--shape", "8x64", "--model", str(tmp_path)) == 2
     assert capsys.readouterr().err == f"error: {tmp_path}: holds no tensor named *_proj.weight\n"
+
+
+def test_the_readme_quotes_the_committed_results():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = json.loads((ROOT / "docs/results/error.json").read_text())["rows"]
+    assert len(rows) == 2 * len(QUANT_TYPES)
+    missing = [
+        f"{row['quant_type']}: {100 * row['relative_rms_error']:.2f}"
+        for row in rows
+        if f"{100 * row['relative_rms_error']:.2f}" not in readme
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("case", ["normal 4096x1024", "smollm2-135m-instruct"])
+def test_nf4_loses_least_of_all_codes_of_4_bits(case):
+    rows = json.loads((ROOT / "docs/results/error.json").read_text())["rows"]
+    errors = {
+        row["quant_type"]: row["relative_rms_error"]
+        for row in rows
+        if row["case"] == case and row["code_bits"] == 4
+    }
+    assert len(errors) == 6 and min(errors, key=errors.__getitem__) == "nf4"

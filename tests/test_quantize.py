@@ -1025,6 +1025,12 @@ def test_an_empty_tensor_is_any_tensor_to_write_to(shape, dtype: torch.dtype):
     assert torch.equal(made, (torch.arange(made.numel()).view(shape) % 100).to(dtype))
 
 
+def test_an_allocator_that_keeps_pages_is_asked_for_them(monkeypatch):
+    monkeypatch.setattr(module, "_allocator_keeps_pages", lambda: True)
+    monkeypatch.setattr(module.mmap, "mmap", None)
+    assert module.empty((2**10, 2**11), torch.float32, torch.device("cpu")).shape == (2**10, 2**11)
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
 def test_memory_of_a_large_empty_tensor_is_given_back():
     def resident() -> int:
