@@ -25,6 +25,7 @@ Source: Dettmers, Pagnoni, Holtzman, Zettlemoyer, "QLoRA: Efficient Finetuning o
 paper" below.
 """
 
+from minqlora import reference
 from minqlora.adapter import load_adapter, save_adapter
 from minqlora.checkpoint import load_model
 from minqlora.generate import generate
@@ -40,5 +41,6 @@ __all__ = [
     "generate",
     "load_adapter",
     "load_model",
+    "reference",
     "save_adapter",
 ]

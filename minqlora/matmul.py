@@ -237,20 +237,26 @@ def _is_single(x: Tensor) -> bool:
 
 
 def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
-    n_tokens = len(grad_y)
-    if grad_y.element_size() >= 4:
-        grad_x = grad_y.new_zeros(n_tokens, n_columns)
-        for rows, tile in tiles:
-            grad_x.addmm_(grad_y[:, rows], tile)  # (T, rows) @ (rows, K) -> (T, K)
-        return grad_x
-    # Summed in float32, because rounding the sum to 16 bits at every tile would triple the error; and a few
-    # tokens at a time, so that a product is still in the cache when it is added.
-    total = empty((n_tokens, n_columns), torch.float32, grad_y.device).zero_()
+    n_tokens, n_rows = grad_y.shape
+    narrow = grad_y.element_size() < 4
+    grad_x = None
     for rows, tile in tiles:
-        for start in range(0, n_tokens, TOKENS):
-            some = slice(start, start + TOKENS)
-            total[some].add_(grad_y[some, rows] @ tile)
-    return total.to(grad_y.dtype)
+        if len(tile) == n_rows:  # the whole weight: nothing to sum
+            return grad_y @ tile  # (T, N) @ (N, K) -> (T, K)
+        if (
+            grad_x is None
+        ):  # in float32, because rounding the sum to 16 bits at every tile would triple the error
+            dtype = torch.float32 if narrow else grad_y.dtype
+            grad_x = empty((n_tokens, n_columns), dtype, grad_y.device).zero_()
+        if narrow:  # a few tokens at a time, so that a product is still in the cache when it is added
+            for start in range(0, n_tokens, TOKENS):
+                some = slice(start, start + TOKENS)
+                grad_x[some].add_(grad_y[some, rows] @ tile)
+        else:
+            grad_x.addmm_(grad_y[:, rows], tile)
+    if grad_x is None:  # a weight of no rows
+        return grad_y.new_zeros(n_tokens, n_columns)
+    return grad_x.to(grad_y.dtype)
 
 
 # ---- the operators -----------------------------------------------------------------------------------------
