@@ -127,10 +127,7 @@ def nf4_dequantize(
     sizes = (*shape, block_size, nested_block_size, nested_first)
     if out is None:
         return _nf4_decoded(packed, scales, codebook, *sizes, dtype)
-    into = out if out.is_contiguous() else None
-    for rows, tile in _nf4_tiles(packed, scales, codebook, *sizes, out.dtype, into):
-        if into is None:
-            out[rows] = tile
+    _decode_into(out, packed, scales, codebook, sizes)
     return out
 
 
@@ -177,6 +174,19 @@ def _nf4_tiles(
         some_packed = packed[first // per_byte : -(-last // per_byte)]
         some_absmax = absmax[first_block - window.start :]
         yield rows, dequantize(some_packed, some_absmax, codebook, block_size, decoded, first % block_size)
+
+
+def _decode_into(
+    out: Tensor,
+    packed: Tensor,
+    scales: list[Tensor],
+    codebook: Tensor,
+    sizes: tuple[int, int, int, int, int],
+) -> None:
+    into = out if out.is_contiguous() else None
+    for rows, tile in _nf4_tiles(packed, scales, codebook, *sizes, out.dtype, into):
+        if into is None:
+            out[rows] = tile
 
 
 def _absmax(scales: list[Tensor], first: int, last: int, nested_block_size: int, nested_first: int) -> Tensor:
@@ -307,9 +317,13 @@ def _nf4_decoded(
     nested_first: int,
     dtype: torch.dtype,
 ) -> Tensor:
+    sizes = (n_rows, n_columns, block_size, nested_block_size, nested_first)
+    if packed.device.type != "cpu":  # one tile, which is a tensor of its own
+        [(_, decoded)] = _nf4_tiles(packed, scales, codebook, *sizes, dtype)
+        return decoded
     out = empty((n_rows, n_columns), dtype, packed.device)
-    sizes = (block_size, nested_block_size, nested_first)
-    return nf4_dequantize(packed, scales, codebook, (n_rows, n_columns), *sizes, dtype=dtype, out=out)
+    _decode_into(out, packed, scales, codebook, sizes)
+    return out
 
 
 @torch.library.custom_op("minqlora::cast_linear", mutates_args=())

@@ -340,9 +340,8 @@ def dequantize(
     flat, n = out.view(-1), out.numel()
     table, per_byte = byte_table(codebook), codes_per_byte(codebook)
     wide = torch.float32 if per_byte == 1 else torch.int64  # two float32 move as one int64: half the look-ups
-    step = (
-        RUN * per_byte // (1 if out.dtype == torch.float32 else 2)
-    )  # else levels are held in float32 besides
+    # Other dtypes than float32 have their levels in float32 besides, and so half as many at a time.
+    step = RUN * per_byte // (1 if out.dtype == torch.float32 else 2)
     for start in range(0, n, step):
         run = flat[start : start + step]
         some_packed = packed[start // per_byte :][: -(-len(run) // per_byte)]
