@@ -196,6 +196,42 @@ def encode(messages: list[Message], tokenizer: Tokenizer) -> Example:
     """
     input_ids: list[int] = []
     labels: list[int] = []
+    for content, given, learned, _ in _turns(messages, tokenizer):
+        ends = [place for place, token in enumerate(learned) if token in tokenizer.eos_ids]
+        after_end = ends[-1] + 1
+        input_ids += given + learned
+        labels += [IGNORE] * len(given)
+        labels += learned[:after_end] if content else [IGNORE] * after_end
+        labels += [IGNORE] * (len(learned) - after_end)
+    while labels and labels[-1] == IGNORE:  # what the template writes after the last answer teaches nothing
+        labels.pop()
+    return Example(input_ids[: len(labels)], labels)
+
+
+def encode_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+    """Tokenize a conversation up to the answer that is asked for, just as `encode` does what stands before
+    one.
+
+    Earlier answers are tokenized by themselves: as one text, their first characters could become one token
+    with what the template writes before them, which no model has seen. Only where a template changes
+    earlier turns is there no telling them apart. Raises ValueError as `Tokenizer.render`.
+    """
+    if tokenizer.chat_template is None:
+        return tokenizer.encode(messages[-1]["content"], add_special_tokens=True)
+    text = tokenizer.render(messages, add_generation_prompt=True)
+    try:
+        turns = list(_turns(messages, tokenizer))
+    except ValueError:
+        turns = []
+    written = turns[-1][-1] if turns else ""
+    if not text.startswith(written):
+        turns, written = [], ""
+    earlier = [token for _, given, answer, _ in turns for token in given + answer]
+    return earlier + tokenizer.encode(text[len(written) :])
+
+
+def _turns(messages: list[Message], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int], list[int], str]]:
+    # For each answer: its content, the tokens given before it, its own with an end, and all text so far.
     written = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -209,19 +245,10 @@ def encode(messages: list[Message], tokenizer: Tokenizer) -> Example:
         add_bos = tokenizer.chat_template is None
         given = tokenizer.encode(prompt[len(written) :], add_special_tokens=add_bos)
         learned = tokenizer.encode(answer)
-        ends = [place for place, token in enumerate(learned) if token in tokenizer.eos_ids]
-        if not ends:
+        if not any(token in tokenizer.eos_ids for token in learned):
             learned.append(tokenizer.eos_ids[0])
-            ends = [len(learned) - 1]
-        after_end = ends[-1] + 1
-        input_ids += given + learned
-        labels += [IGNORE] * len(given)
-        labels += learned[:after_end] if message["content"] else [IGNORE] * after_end
-        labels += [IGNORE] * (len(learned) - after_end)
         written = prompt + answer
-    while labels and labels[-1] == IGNORE:  # what the template writes after the last answer teaches nothing
-        labels.pop()
-    return Example(input_ids[: len(labels)], labels)
+        yield message["content"], given, learned, written
 
 
 def _segments(messages: list[Message], tokenizer: Tokenizer) -> tuple[str, str]:

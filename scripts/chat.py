@@ -20,6 +20,7 @@ from finetune import choose_device
 from minqlora import generate, load_adapter, load_model
 from minqlora.checkpoint import default_dtype
 from minqlora.codebook import QUANT_TYPES
+from minqlora.data import encode_prompt
 from minqlora.model import CausalLM
 from minqlora.tokenizer import Message, Tokenizer
 from options import option, parse, user_errors
@@ -105,10 +106,7 @@ def run_config(folder: Path) -> dict[str, Any]:
 
 def reply(model: CausalLM, tokenizer: Tokenizer, messages: list[Message], **options: Any) -> Iterator[str]:
     """Yield the answer to a conversation in pieces of text, as generated; options are those of `generate`."""
-    if tokenizer.chat_template is None:
-        prompt = tokenizer.encode(messages[-1]["content"], add_special_tokens=True)
-    else:
-        prompt = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+    prompt = encode_prompt(messages, tokenizer)
     ids: list[int] = []
     shown = ""
     for token in generate(model, prompt, eos_ids=tokenizer.eos_ids, **options):

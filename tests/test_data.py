@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example as with_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -250,6 +251,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<")
 
 @settings(max_examples=100, deadline=None)
 @given(turns=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), system=st.none() | texts)
+@with_example(turns=[("", "\n"), ("", "0")], system=None)  # an answer that merges with what stands before it
 def test_the_prompt_is_tokenized_as_chat_does_and_the_answer_is_all_that_is_learned(
     tokenizer: Tokenizer, turns: list[tuple[str, str]], system: str | None
 ) -> None:
