@@ -8,6 +8,9 @@ compared with every word of the vocabulary::
     x = x + mlp(post_attention_layernorm(x))
     logits = norm(x) @ lm_head.T                             (B, T, vocab)
 
+That is Llama. Other families put norms elsewhere, cap scores and logits, look back on a window, or send each
+token through a few of many MLPs; all of it is told by the record of Chapter 8, and no family is named here.
+
 Parameters carry the names of Hugging Face checkpoints (`model.layers.0.self_attn.q_proj.weight`), so that
 loading needs no table of names. Every projection is a plain `nn.Linear`; whether its weight is 4-bit, 16-bit
 or carries an adapter is not this chapter's business.
@@ -21,11 +24,12 @@ Shapes and dtypes: input_ids (B, T) int64; the residual stream (B, T, D) in the 
 in float32. Embeddings and head stay in the checkpoint's dtype and are cast where they are used.
 
 Paper: "Attention Is All You Need"; RMSNorm, "RoFormer" (rotary positions), "GLU Variants Improve Transformer"
-(SwiGLU), "GQA".
+(SwiGLU), "GQA", "Mixtral of Experts".
 
 Before: architecture. Next: checkpoint.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,23 +38,35 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minqlora.architecture import Architecture
+from minqlora.architecture import Architecture, Experts, Rotary
 from minqlora.matmul import cast_linear
+
+# cos and sin of every position's angles, (T, Rd) each or (B, 1, T, Rd), for each rotary of the model; Rd
+# numbers of a head are turned.
+RotaryTables = dict[Rotary, tuple[Tensor, Tensor]]
 
 
 class KVCache:
     """Keys and values of all positions seen so far, so that a new token costs one token's work.
 
     Holds (B, n_kv_heads, capacity, Hd) twice a layer, allocated at once. `length` counts the positions
-    filled.
+    filled. padding: (B,) int64, how many of a row's first positions are padding: nothing attends to them,
+    and the row's own positions count from there; None: no row has any.
     """
 
     def __init__(
-        self, arch: Architecture, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
+        self,
+        arch: Architecture,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        padding: Tensor | None = None,
     ):
         shape = (arch.n_layers, 2, batch, arch.n_kv_heads, capacity, arch.head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0
+        self.padding = padding
 
     @property
     def capacity(self) -> int:
@@ -80,7 +96,7 @@ class CausalLM(nn.Module):
         self.arch = arch
         self.compute_dtype = compute_dtype
         self.model = Trunk(arch, compute_dtype)
-        self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
+        self.lm_head = Head(arch)
         if arch.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -97,7 +113,27 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., vocab) for hidden states (..., D) that the trunk has produced."""
-        return cast_linear(hidden, self.lm_head.weight)
+        return self.lm_head(hidden)
+
+
+class Head(nn.Linear):
+    """The output head: hidden states to logits, scaled and capped where the architecture says so."""
+
+    def __init__(self, arch: Architecture):
+        super().__init__(arch.hidden_size, arch.vocab_size, bias=False)
+        self.scale, self.softcap = arch.logit_scale, arch.logit_softcap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (..., D) to logits (..., vocab); the weight is cast to the dtype of hidden tile by tile."""
+        logits = cast_linear(hidden, self.weight)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.softcap is None else softcap(logits, self.softcap)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """Return x bent smoothly into (-cap, cap)."""
+    return cap * torch.tanh(x / cap)
 
 
 class Trunk(nn.Module):
@@ -111,7 +147,7 @@ class Trunk(nn.Module):
         # from_pretrained, because the plain constructor would draw a random table first.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(arch.vocab_size, arch.hidden_size))
         self.layers = nn.ModuleList(Block(arch, i) for i in range(arch.n_layers))
-        self.norm = RMSNorm(arch)
+        self.norm = RMSNorm(arch, arch.hidden_size)
 
     def forward(
         self, input_ids: Tensor, lengths: list[int] | None = None, cache: KVCache | None = None
@@ -127,8 +163,8 @@ class Trunk(nn.Module):
             lengths = [T]
         elif sum(lengths) != T or cache is not None:
             raise ValueError(f"lengths {lengths} must sum to T = {T}, and cannot be combined with a cache")
-        x = F.embedding(input_ids, self.embed_tokens.weight).to(self.compute_dtype)  # (B, T, D)
-        rotary = self.rotary_table(lengths, start=cache.length if cache else 0, like=x)
+        x = self.embed(input_ids)  # (B, T, D)
+        rotary = self.rotary_tables(lengths, cache, like=x)
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Non-reentrant: the reentrant kind gives no gradients below inputs that need none, here
@@ -140,32 +176,76 @@ class Trunk(nn.Module):
             cache.length += T
         return self.norm(x)
 
-    def rotary_table(self, lengths: list[int], start: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cos and sin, (T, Hd) each, of position * theta ** (-2 i / Hd), taken in float32."""
-        even = torch.arange(0, self.arch.head_dim, 2, device=like.device, dtype=torch.float32)
-        frequency = 1.0 / self.arch.rope_theta ** (even / self.arch.head_dim)  # (Hd / 2,)
-        position = torch.cat([torch.arange(start, start + n, device=like.device) for n in lengths])
-        angle = position[:, None].float() * frequency  # (T, Hd / 2)
-        angle = torch.cat([angle, angle], dim=1)  # the first half of a head turns with the second
-        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Return the residual stream (B, T, D) at its source, in the compute dtype."""
+        x = self.embed_tokens(input_ids).to(self.compute_dtype)
+        if self.arch.embedding_scale != 1.0:
+            # Rounded to the compute dtype first, as those models were trained: 55.5, not 55.4256.
+            x = x * torch.tensor(self.arch.embedding_scale, dtype=x.dtype, device=x.device)
+        return x
+
+    def rotary_tables(self, lengths: list[int], cache: KVCache | None, like: Tensor) -> RotaryTables:
+        """Return cos and sin of the angles of all positions, for each rotary of the model."""
+        start = 0 if cache is None else cache.length
+        positions = [torch.arange(start, start + n, device=like.device) for n in lengths]
+        if cache is not None and cache.padding is not None:
+            positions = [(positions[0] - cache.padding[:, None, None]).clamp(min=0)]  # (B, 1, T)
+        rotaries = {layer.rotary for layer in self.arch.layers if layer.rotary is not None}
+        return {rotary: rotary_table(rotary, positions, like) for rotary in rotaries}
+
+
+def rotary_table(rotary: Rotary, positions: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (..., T, Rd) of position * frequency, taken in float32, in the dtype of `like`.
+
+    positions: (..., T) int64 for each document of a row, the last one its largest.
+    """
+
+    def frequencies(numbers: tuple[float, ...]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float32, device=like.device)  # (Rd / 2,)
+
+    angles = []
+    for position in positions:
+        frequency = frequencies(rotary.frequencies)
+        if rotary.original_length is not None:
+            is_long = position[..., -1:, None] >= rotary.original_length  # (..., 1, 1)
+            frequency = torch.where(is_long, frequencies(rotary.long_frequencies), frequency)
+        angles.append(position[..., None].float() * frequency)  # (..., T, Rd / 2)
+    angle = torch.cat(angles, dim=-2)
+    angle = torch.cat([angle, angle], dim=-1)  # the first half of a head turns with the second
+    return (angle.cos() * rotary.scale).to(like.dtype), (angle.sin() * rotary.scale).to(like.dtype)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm and added to the residual stream."""
+    """Attention and MLP, each between norms where the architecture has them, added to the residual stream."""
 
     def __init__(self, arch: Architecture, index: int):
         super().__init__()
+        self.names = arch.family.norms
+        self.scale = arch.residual_scale
         self.self_attn = Attention(arch, index)
-        self.mlp = MLP(arch)
-        self.input_layernorm = RMSNorm(arch)
-        self.post_attention_layernorm = RMSNorm(arch)
+        experts = arch.layers[index].experts
+        self.mlp_name = arch.family.mlp
+        self.add_module(
+            self.mlp_name, MLP(arch, arch.intermediate_size) if experts is None else Mixture(arch, experts)
+        )
+        for name in vars(self.names).values():
+            if name is not None:
+                self.add_module(name, RMSNorm(arch, arch.hidden_size))
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], lengths: list[int], cache: KVCache | None = None
+        self, x: Tensor, rotary: RotaryTables, lengths: list[int], cache: KVCache | None = None
     ) -> Tensor:
         """Map the residual stream (B, T, D) to its next state."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, lengths, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = self.self_attn(self._norm(self.names.before_attention, x), rotary, lengths, cache)
+        x = self._add(x, self._norm(self.names.after_attention, y))
+        y = self.get_submodule(self.mlp_name)(self._norm(self.names.before_mlp, x))
+        return self._add(x, self._norm(self.names.after_mlp, y))
+
+    def _norm(self, name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else self.get_submodule(name)(x)
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.scale == 1.0 else x + y * self.scale
 
 
 class Attention(nn.Module):
@@ -175,111 +255,272 @@ class Attention(nn.Module):
         super().__init__()
         self.index = index
         self.head_dim = arch.head_dim
+        self.window, self.rotary = arch.layers[index].window, arch.layers[index].rotary
+        self.scale, self.cap, self.dropout = (
+            arch.attention_scale,
+            arch.attention_softcap,
+            arch.attention_dropout,
+        )
         q_width, kv_width = arch.n_heads * arch.head_dim, arch.n_kv_heads * arch.head_dim
-        self.q_proj = nn.Linear(arch.hidden_size, q_width, bias=arch.attention_bias)
-        self.k_proj = nn.Linear(arch.hidden_size, kv_width, bias=arch.attention_bias)
-        self.v_proj = nn.Linear(arch.hidden_size, kv_width, bias=arch.attention_bias)
-        self.o_proj = nn.Linear(q_width, arch.hidden_size, bias=arch.attention_bias)
+        self.widths, self.fused = [q_width, kv_width, kv_width], arch.family.fused
+        if self.fused:
+            self.qkv_proj = nn.Linear(arch.hidden_size, sum(self.widths), bias=arch.qkv_bias)
+        else:
+            self.q_proj = nn.Linear(arch.hidden_size, q_width, bias=arch.qkv_bias)
+            self.k_proj = nn.Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
+            self.v_proj = nn.Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
+        self.o_proj = nn.Linear(q_width, arch.hidden_size, bias=arch.o_bias)
+        self.qk_norm = arch.family.qk_norm
+        if self.qk_norm is not None:
+            self.q_norm = RMSNorm(arch, arch.head_dim if self.qk_norm == "head" else q_width)
+            self.k_norm = RMSNorm(arch, arch.head_dim if self.qk_norm == "head" else kv_width)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], lengths: list[int], cache: KVCache | None = None
+        self, x: Tensor, rotary: RotaryTables, lengths: list[int], cache: KVCache | None = None
     ) -> Tensor:
         """Map (B, T, D) to (B, T, D)."""
-        q, k, v = (
-            rearrange(proj(x), "B T (H Hd) -> B H T Hd", Hd=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k, v = self._heads(x)
+        if self.rotary is not None:
+            q, k = rotate(q, *rotary[self.rotary]), rotate(k, *rotary[self.rotary])
+        how: dict[str, Any] = dict(scale=self.scale, window=self.window, cap=self.cap)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-            y = attend(q, k, v)
+            y = attend(q, k, v, padding=cache.padding, **how)
         else:
+            how["dropout"] = self.dropout if self.training else 0.0
             documents = zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True)
-            y = torch.cat([attend(*document) for document in documents], dim=2)
+            y = torch.cat([attend(*document, **how) for document in documents], dim=2)
         return self.o_proj(rearrange(y, "B H T Hd -> B T (H Hd)"))
 
+    def _heads(self, x: Tensor) -> list[Tensor]:
+        # -> queries, keys and values, (B, heads, T, Hd) each
+        if self.fused:
+            parts = list(self.qkv_proj(x).split(self.widths, dim=-1))
+        else:
+            parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        if self.qk_norm == "width":
+            parts[:2] = self.q_norm(parts[0]), self.k_norm(parts[1])
+        heads = [rearrange(part, "B T (H Hd) -> B H T Hd", Hd=self.head_dim) for part in parts]
+        if self.qk_norm == "head":
+            heads[:2] = self.q_norm(heads[0]), self.k_norm(heads[1])
+        return heads
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    cap: float | None = None,
+    padding: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """Return causal attention (B, H, Tq, Hd).
 
-    q: (B, H, Tq, Hd), the last Tq of the Tk positions. k, v: (B, n_kv_heads, Tk, Hd).
+    q: (B, H, Tq, Hd), the last Tq of the Tk positions. k, v: (B, n_kv_heads, Tk, Hd). scale: what scores are
+    multiplied by; None is 1 / sqrt(Hd). window: positions looked back on, the query's own included. cap:
+    scores are capped smoothly. padding: (B,), each row's first positions that nobody looks at. dropout: share
+    of the attention weights that are zeroed.
     """
-    Tq, Tk = q.shape[2], k.shape[2]
+    Tq = q.shape[2]
+    if window is not None and Tq == 1 and padding is None:  # the only query sees the end of the keys
+        k, v = k[:, :, -window:], v[:, :, -window:]
+    Tk = k.shape[2]
     mask, causal = None, False
-    if Tq == Tk > 1:
+    if padding is not None or (window is not None and Tk > window and Tq > 1) or 1 < Tq < Tk:
+        mask = _visible(Tq, Tk, window, padding, q.device)
+    elif Tq == Tk > 1:
         causal = True  # a bool, which `Tq == Tk > 1` is not where sizes are symbols of torch.compile
-    elif 1 < Tq < Tk:  # query i stands at position Tk - Tq + i
-        mask = torch.ones(Tq, Tk, dtype=torch.bool, device=q.device).tril(Tk - Tq)
+    if cap is not None:
+        return _attend_capped(q, k, v, mask, causal, scale, cap, dropout)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _visible(Tq: int, Tk: int, window: int | None, padding: Tensor | None, device: torch.device) -> Tensor:
+    # -> (Tq, Tk) or (B, 1, Tq, Tk) bool: which keys a query sees. Query i stands at position Tk - Tq + i.
+    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
+    if window is not None:
+        mask = mask.triu(Tk - Tq - window + 1)
+    if padding is not None:
+        position = torch.arange(Tk, device=device)
+        mask = mask & (position >= padding[:, None, None, None])
+        # A query in the padding sees itself alone: seeing nothing would make it NaN.
+        mask = mask | (position == position[Tk - Tq :, None])
+    return mask
+
+
+def _attend_capped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    cap: float,
+    dropout: float,
+) -> Tensor:
+    # In plain operations, because the fused ones have no cap: all scores exist at once, (B, H, Tq, Tk).
+    Tq, Tk, Hd = q.shape[2], k.shape[2], q.shape[3]
+    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
+    scores = softcap(q @ k.mT * (Hd**-0.5 if scale is None else scale), cap)
+    if causal:
+        mask = _visible(Tq, Tk, None, None, q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + Hd / 2) of a head by their angles. x: (B, H, T, Hd); cos, sin: (T, Hd)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Turn the pairs (i, i + Rd / 2) of a head by their angles. x: (B, H, T, Hd); cos, sin: (..., T, Rd).
+
+    The last Hd - Rd numbers of a head stay as they are.
+    """
+    Rd = cos.shape[-1]
+    turned, rest = x[..., :Rd], x[..., Rd:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+    return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
 
 
 class MLP(nn.Module):
-    """SwiGLU: one projection gates another."""
+    """SwiGLU: one projection gates another.
 
-    def __init__(self, arch: Architecture):
+    width: inside. names: what checkpoints call the gate's, the other's and the last projection.
+    """
+
+    def __init__(
+        self, arch: Architecture, width: int, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
+    ):
         super().__init__()
-        self.gate_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
-        self.up_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
-        self.down_proj = nn.Linear(arch.intermediate_size, arch.hidden_size, bias=arch.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        return self.down_proj(SiluTimes.apply(self.gate_proj(x), self.up_proj(x)))
-
-
-class SiluTimes(torch.autograd.Function):
-    """silu(gate) * up, elementwise. Saves its two inputs; plain operations would save silu(gate) as well."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        """Return silu(gate) * up."""
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gradients of both inputs."""
-        gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-        return grad_gate, F.silu(gate).mul_(grad)
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast back to the dtype of x, then times the weight (Llama's order)."""
-
-    def __init__(self, arch: Architecture):
-        super().__init__()
-        self.eps = arch.norm_eps
-        self.weight = nn.Parameter(torch.empty(arch.hidden_size))
+        self.activation, self.fused, self.names = arch.activation, arch.family.fused, names
+        gate, up, down = names
+        if self.fused:
+            self.gate_up_proj = nn.Linear(arch.hidden_size, 2 * width, bias=arch.mlp_bias)
+        else:
+            self.add_module(gate, nn.Linear(arch.hidden_size, width, bias=arch.mlp_bias))
+            self.add_module(up, nn.Linear(arch.hidden_size, width, bias=arch.mlp_bias))
+        self.add_module(down, nn.Linear(width, arch.hidden_size, bias=arch.mlp_bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
-        return Normalize.apply(x, self.eps) * self.weight
+        if self.fused:
+            gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            gate, up = (getattr(self, name)(x) for name in self.names[:2])
+        return getattr(self, self.names[2])(GatedProduct.apply(gate, up, self.activation))
+
+
+class Mixture(nn.Module):
+    """A mixture of experts: each token goes through the few MLPs that the router likes best for it.
+
+    The output is the sum of theirs, weighted by the router's probabilities. Experts that no token of the
+    batch has chosen are not computed, and not decoded.
+    """
+
+    def __init__(self, arch: Architecture, experts: Experts):
+        super().__init__()
+        self.active, self.normalize = experts.active, experts.normalize
+        self.gate = Router(arch.hidden_size, experts.count)
+        names = arch.family.expert_matrices
+        self.experts = nn.ModuleList(
+            MLP(arch, experts.intermediate_size, names) for _ in range(experts.count)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, D) to (B, T, D)."""
+        flat = x.reshape(-1, x.shape[-1])  # (tokens, D)
+        share, chosen = self.gate(flat).topk(self.active, dim=-1)  # (tokens, active) each
+        if self.normalize:
+            share = share / share.sum(dim=-1, keepdim=True)
+        y = torch.zeros_like(flat)
+        for index in chosen.unique().tolist():
+            token, place = (chosen == index).nonzero(as_tuple=True)
+            part = self.experts[index](flat[token]) * share[token, place, None]
+            y = y.index_add(0, token, part.to(y.dtype))
+        return y.view_as(x)
+
+
+class Router(nn.Module):
+    """How likely each expert is for each token. Too small to quantize, and what errs here errs a lot."""
+
+    def __init__(self, hidden_size: int, count: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (tokens, D) to probabilities (tokens, count), float32."""
+        return F.linear(x, self.weight).softmax(dim=-1, dtype=torch.float32)
+
+
+class GatedProduct(torch.autograd.Function):
+    """act(gate) * up, elementwise. Saves its two inputs; plain operations would save act(gate) as well."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        """Return act(gate) * up; activation: "silu" or "gelu_tanh"."""
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _activate(gate, activation).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Return the gradients of both inputs."""
+        gate, up = ctx.saved_tensors
+        if ctx.activation == "silu":
+            grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        else:
+            grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        return grad_gate, _activate(gate, ctx.activation).mul_(grad), None
+
+
+def _activate(gate: Tensor, activation: str) -> Tensor:
+    return F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, times a weight.
+
+    Llama rounds to the dtype of x before the weight multiplies; other families after it, some with 1 added to
+    the weight.
+    """
+
+    def __init__(self, arch: Architecture, size: int):
+        super().__init__()
+        self.eps = arch.norm_eps
+        self.offset, self.in_float32 = arch.family.norm_offset, arch.family.norm_in_float32
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., size) to (..., size)."""
+        if not self.in_float32:
+            return Normalize.apply(x, self.eps, x.dtype) * self.weight.to(x.dtype)
+        y = Normalize.apply(x, self.eps, torch.float32)
+        return (y * (self.weight.float() + self.offset)).to(x.dtype)
 
 
 class Normalize(torch.autograd.Function):
     """x / rms(x) over the last dimension. Saves its output and a number a row; plain operations save more."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        """Return x / sqrt(mean(x ** 2) + eps), computed in float32."""
+    def forward(ctx: Any, x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """Return x / sqrt(mean(x ** 2) + eps), computed in float32, in `dtype`."""
         x32 = x.float()
         reciprocal_rms = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        y = (x32 * reciprocal_rms).to(x.dtype)
+        y = (x32 * reciprocal_rms).to(dtype)
         ctx.save_for_backward(y, reciprocal_rms)
+        ctx.dtype = x.dtype
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of x: grad less its part along y, scaled as x was."""
         y, reciprocal_rms = ctx.saved_tensors
         y32, grad32 = y.float(), grad.float()
         along = (grad32 * y32).mean(-1, keepdim=True)
-        return ((grad32 - y32 * along) * reciprocal_rms).to(grad.dtype), None
+        return ((grad32 - y32 * along) * reciprocal_rms).to(ctx.dtype), None, None

@@ -1,6 +1,7 @@
 """A config.json means to us what it means to transformers; what we do not understand, we refuse by name."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minqlora.architecture import Architecture, architecture_from_config, read_architecture
+from minqlora.architecture import (
+    COMMON,
+    FAMILIES,
+    SCALINGS,
+    Architecture,
+    Layer,
+    Rotary,
+    architecture_from_config,
+    read_architecture,
+)
 
 # As old checkpoints have it on the Hub: Llama 2 7B's config.json, less what says nothing of the arithmetic.
 LLAMA = {
@@ -30,25 +40,31 @@ LLAMA = {
 
 
 def as_transformers_reads(config: dict[str, Any]) -> Architecture:
-    """The oracle: the same file through transformers' own class."""
+    """The oracle: the same file through transformers' own classes."""
     from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     theirs = LlamaConfig.from_dict(config)
-    assert theirs.rope_parameters["rope_type"] == "default"
+    turning = LlamaRotaryEmbedding(theirs)
+    rotary = Rotary(tuple(turning.inv_freq.tolist()), turning.attention_scaling)
     return Architecture(
+        family=FAMILIES["llama"],
         vocab_size=theirs.vocab_size,
         hidden_size=theirs.hidden_size,
         intermediate_size=theirs.intermediate_size,
-        n_layers=theirs.num_hidden_layers,
+        layers=(Layer(rotary=rotary),) * theirs.num_hidden_layers,
         n_heads=theirs.num_attention_heads,
         n_kv_heads=theirs.num_key_value_heads,
         head_dim=theirs.head_dim,
         norm_eps=theirs.rms_norm_eps,
-        rope_theta=theirs.rope_parameters["rope_theta"],
+        activation=theirs.hidden_act,
         tie_embeddings=theirs.tie_word_embeddings,
-        attention_bias=theirs.attention_bias,
+        qkv_bias=theirs.attention_bias,
+        o_bias=theirs.attention_bias,
         mlp_bias=theirs.mlp_bias,
         max_positions=theirs.max_position_embeddings,
+        attention_scale=theirs.head_dim**-0.5,
+        attention_dropout=theirs.attention_dropout,
     )
 
 
@@ -56,21 +72,13 @@ def as_transformers_reads(config: dict[str, Any]) -> Architecture:
 
 
 def test_the_demo_models_shape_is_read_from_its_folder(demo_model: Path) -> None:
-    assert read_architecture(demo_model) == Architecture(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        n_layers=30,
-        n_heads=9,
-        n_kv_heads=3,
-        head_dim=64,
-        norm_eps=1e-5,
-        rope_theta=100000.0,
-        tie_embeddings=True,
-        attention_bias=False,
-        mlp_bias=False,
-        max_positions=8192,
-    )
+    arch = read_architecture(demo_model)
+    assert (arch.vocab_size, arch.hidden_size, arch.intermediate_size) == (49152, 576, 1536)
+    assert (arch.n_layers, arch.n_heads, arch.n_kv_heads, arch.head_dim) == (30, 9, 3, 64)
+    assert (arch.norm_eps, arch.tie_embeddings, arch.max_positions) == (1e-5, True, 8192)
+    (layer,) = set(arch.layers)  # all alike
+    assert layer.window is None and layer.experts is None
+    assert layer.rotary.frequencies[-1] == pytest.approx(100000.0 ** (-62 / 64))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +102,19 @@ def test_the_demo_models_shape_is_read_from_its_folder(demo_model: Path) -> None
             "rope_scaling": {"rope_type": "default", "rope_theta": 30000.0},
         },
         {"rope_theta": 20000.0, "rope_scaling": {"rope_type": "default", "rope_theta": 30000.0}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
     ],
     ids=str,
 )
@@ -155,15 +176,31 @@ def test_whatever_transformers_saves_is_read_back(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: 'llama'"),
+        ({"model_type": "mamba"}, "model_type 'mamba' is not supported; supported: llama, mistral, "),
+        ({"model_type": "gemma3"}, "'gemma3' is not supported; only the text model, gemma3_text, is"),
+        ({"model_type": ["llama"]}, "is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; expected 'silu'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; expected 'silu' or"),
         ({"pretraining_tp": 2}, "pretraining_tp = 2 is not supported; expected 1"),
-        ({"sliding_window": 4096}, "sliding_window = 4096 is not supported; expected no such field"),
-        ({"quantization_config": {"bits": 4}}, r"quantization_config = \{'bits': 4\} is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' are not supported"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "type 'llama3' are not supported"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"sliding_window": 4096}, "sliding_window = 4096 is not understood for model_type 'llama'"),
+        ({"layer_types": ["full_attention"]}, "layer_types = .* is not understood for model_type 'llama'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' are not supported"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2, "beta": 1}},
+            "beta = 1 is not understood for rotary",
+        ),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_parameters": {"full_attention": {}}}, "by kind of layer are not understood for 'llama'"),
+        ({"rope_parameters": {"partial_rotary_factor": 2.0}}, "256 of 128 numbers of a head would be turned"),
+        ({"attention_dropout": 1}, r"attention_dropout must be in \[0, 1\), got 1"),
+        ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop = 0.1 is not supported; expected 0.0"),
+        ({"model_type": "qwen2", "layer_types": ["x"] * 32, "use_sliding_window": True}, "layer_types must"),
+        (
+            {"model_type": "mixtral", "num_experts_per_tok": 9, "num_local_experts": 8},
+            "is more than num_local",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers must list one of"),
         ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
         ({"rope_theta": "1e4"}, "rope_theta must be a positive number, got '1e4'"),
         ({"rope_theta": -1.0}, "rope_theta must be a positive number, got -1.0"),
@@ -171,7 +208,7 @@ def test_whatever_transformers_saves_is_read_back(
         ({"num_attention_heads": 32.5}, "num_attention_heads must be a positive integer, got 32.5"),
         ({"num_attention_heads": True}, "num_attention_heads must be a positive integer, got True"),
         ({"num_key_value_heads": 5}, "num_attention_heads = 32 is not a multiple of num_key_value_heads = 5"),
-        ({"head_dim": 33}, "head_dim = 33 is odd"),
+        ({"head_dim": 33}, "33 of 33 numbers of a head would be turned; it must be an even number"),
         ({"hidden_size": "4096"}, "hidden_size must be a positive integer, got '4096'"),
         ({"vocab_size": None}, "vocab_size is missing"),
         ({"intermediate_size": None}, "intermediate_size is missing"),
@@ -235,13 +272,32 @@ json_values = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    key=st.sampled_from([*LLAMA, "head_dim", "rope_theta", "rope_parameters", "attention_bias"]),
-    value=json_values,
+    family=st.sampled_from(sorted(FAMILIES)),
+    data=st.data(),
 )
-def test_no_value_of_any_key_is_more_than_a_value_error(key: str, value: Any) -> None:
-    config = json.loads(json.dumps(LLAMA | {key: value}))  # NaN too: json reads it
+def test_no_value_of_any_key_is_more_than_a_value_error(family: str, data: st.DataObject) -> None:
+    known = LLAMA | {"model_type": family, "num_local_experts": 4}
+    key = data.draw(st.sampled_from(sorted({*known, *COMMON, *FAMILIES[family].reads})))
+    config = json.loads(json.dumps(known | {key: data.draw(json_values)}))  # NaN too: json reads it
     try:
         arch = architecture_from_config(config)
     except ValueError:
         return
-    assert arch.n_heads % arch.n_kv_heads == 0 and arch.head_dim % 2 == 0
+    assert arch.n_heads % arch.n_kv_heads == 0 and len(arch.layers) > 0
+
+
+ROPE_KEYS = sorted({key for _, keys in SCALINGS.values() for key in keys} | {"rope_theta"})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(SCALINGS)),
+    parameters=st.dictionaries(st.sampled_from(ROPE_KEYS), json_values | st.floats(0.5, 100.0)),
+)
+def test_no_rotary_parameters_are_more_than_a_value_error(kind: str, parameters: dict[str, Any]) -> None:
+    config = json.loads(json.dumps(LLAMA | {"rope_scaling": parameters | {"rope_type": kind}}))
+    try:
+        rotary = architecture_from_config(config).layers[0].rotary
+    except ValueError:
+        return
+    assert all(math.isfinite(frequency) for frequency in rotary.frequencies)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from minqlora import NF4Tensor, add_lora, load_model
 from minqlora.checkpoint import quantized_size
-from minqlora.model import CausalLM, KVCache, Normalize, SiluTimes, attend, rotate
+from minqlora.model import CausalLM, GatedProduct, KVCache, Normalize, attend, rotary_table, rotate
 from minqlora.nf4 import Format
 
 
@@ -206,16 +207,16 @@ def test_documents_laid_end_to_end_have_the_logits_they_have_alone(tiny: CausalL
 
 def test_no_gradient_crosses_from_one_document_to_another(tiny: CausalLM) -> None:
     x = torch.randn(1, 10, tiny.arch.hidden_size, requires_grad=True)
-    rotary = tiny.model.rotary_table([4, 6], start=0, like=x)
+    rotary = tiny.model.rotary_tables([4, 6], None, like=x)
     y = tiny.model.layers[0](x, rotary, [4, 6])
     (grad,) = torch.autograd.grad(y[:, 4:].square().sum(), x)
     assert (grad[:, :4] == 0).all() and (grad[:, 4:] != 0).any(dim=2).all()
 
 
 def test_positions_start_again_in_every_document(tiny: CausalLM) -> None:
-    like = torch.zeros(1)
-    cos, _ = tiny.model.rotary_table([3, 2], start=0, like=like)
-    alone, _ = tiny.model.rotary_table([3], start=0, like=like)
+    rotary, like = tiny.arch.layers[0].rotary, torch.zeros(1)
+    cos, _ = rotary_table(rotary, [torch.arange(3), torch.arange(2)], like)
+    alone, _ = rotary_table(rotary, [torch.arange(3)], like)
     assert torch.equal(cos, torch.cat([alone, alone[:2]]))
 
 
@@ -307,7 +308,7 @@ def test_normalize_has_the_gradient_of_plain_operations() -> None:
     x = torch.randn(3, 5, 7, generator=generator, requires_grad=True)
     upstream = torch.randn(3, 5, 7, generator=generator)
     plain = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.1)
-    ours = Normalize.apply(x, 0.1)
+    ours = Normalize.apply(x, 0.1, x.dtype)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(
         torch.autograd.grad(ours, x, upstream), torch.autograd.grad(plain, x, upstream)
@@ -316,7 +317,7 @@ def test_normalize_has_the_gradient_of_plain_operations() -> None:
 
 def test_normalize_of_zeros_is_zero_and_its_gradient_is_finite() -> None:
     x = torch.zeros(2, 8, requires_grad=True)
-    y = Normalize.apply(x, 1e-6)
+    y = Normalize.apply(x, 1e-6, x.dtype)
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert (y == 0).all() and torch.allclose(grad, torch.full_like(grad, 1e3))  # 1 / sqrt(eps)
 
@@ -324,18 +325,25 @@ def test_normalize_of_zeros_is_zero_and_its_gradient_is_finite() -> None:
 def test_normalize_in_bfloat16_works_in_float32_and_returns_bfloat16() -> None:
     # Squares of 2 ** 70 overflow bfloat16's range, which is float32's; those of 300 lose bits in bfloat16.
     x = (300 + torch.arange(64.0)).bfloat16()[None].requires_grad_()
-    y = Normalize.apply(x, 1e-6)
+    y = Normalize.apply(x, 1e-6, x.dtype)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, (x.float() / x.float().square().mean().sqrt()).bfloat16())
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert grad.dtype == torch.bfloat16
 
 
-def test_swiglu_passes_gradcheck_in_double_precision() -> None:
+@pytest.mark.parametrize(
+    ("activation", "plain"), [("silu", F.silu), ("gelu_tanh", partial(F.gelu, approximate="tanh"))]
+)
+def test_swiglu_passes_gradcheck_in_double_precision(activation: str, plain: Callable) -> None:
     generator = torch.Generator().manual_seed(0)
     gate, up = 3 * torch.randn(2, 4, 5, dtype=torch.float64, generator=generator)
-    assert torch.equal(SiluTimes.apply(gate, up), F.silu(gate) * up)
-    assert torch.autograd.gradcheck(SiluTimes.apply, (gate.requires_grad_(), up.requires_grad_()))
+
+    def product(gate: Tensor, up: Tensor) -> Tensor:
+        return GatedProduct.apply(gate, up, activation)
+
+    assert torch.equal(product(gate, up), plain(gate) * up)
+    assert torch.autograd.gradcheck(product, (gate.requires_grad_(), up.requires_grad_()))
 
 
 def test_swiglu_and_norm_save_less_than_plain_operations() -> None:
@@ -351,14 +359,14 @@ def test_swiglu_and_norm_save_less_than_plain_operations() -> None:
         return sum(storages.values()) if y is not None else 0
 
     x, up = torch.randn(2, 16, 64).requires_grad_().unbind()
-    assert saved(lambda: SiluTimes.apply(x, up)) < saved(lambda: F.silu(x) * up)
+    assert saved(lambda: GatedProduct.apply(x, up, "silu")) < saved(lambda: F.silu(x) * up)
 
     def plain() -> Tensor:
         x32 = x.float()
         return x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6)
 
     y_and_one_number_a_row = 16 * 64 * 4 + 16 * 4
-    assert saved(lambda: Normalize.apply(x, 1e-6)) == y_and_one_number_a_row <= saved(plain)
+    assert saved(lambda: Normalize.apply(x, 1e-6, x.dtype)) == y_and_one_number_a_row <= saved(plain)
 
 
 # -- sizes -------------------------------------------------------------------------------------------------

@@ -1,0 +1,286 @@
+"""Every family computes what transformers computes: tiny random models that show each peculiarity.
+
+The real class of each family is the oracle, filled with random numbers in every parameter (zeros and ones, as
+a fresh model has them in biases and norms, would hide a forgotten one), on sequences long enough for windows
+and for scaled rotary positions to matter.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minqlora import load_model
+from minqlora.architecture import both_spellings, read_architecture
+from minqlora.loss import supervised_loss
+from minqlora.model import CausalLM, KVCache
+
+T = 40
+
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=72,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+
+
+def rope(kind: str, **others: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **others}}
+
+
+LLAMA3 = rope(
+    "llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
+# T = 40 is beyond the old context of the second and within that of the first.
+LONGROPE = {
+    length: {
+        "original_max_position_embeddings": length,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0 + 0.1 * i for i in range(4)],
+            "long_factor": [1.0 + 2.0 * i for i in range(4)],
+            "partial_rotary_factor": 0.5,
+        },
+        "hidden_size": 64,
+    }
+    for length in (64, 16)
+}
+GEMMA3_ROPE = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    }
+}
+
+# family: what makes its variants differ from the sizes above
+FAMILIES: dict[str, list[dict[str, Any]]] = {
+    "llama": [
+        {},
+        LLAMA3,
+        YARN,
+        rope("yarn", factor=2.0, beta_fast=16.0, beta_slow=2.0, attention_factor=1.3, truncate=False),
+        rope("yarn", factor=40.0, mscale=0.7, mscale_all_dim=1.1, original_max_position_embeddings=16),
+        rope("linear", factor=3.0),
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 20, "tie_word_embeddings": True},
+    ],
+    "mistral": [{"sliding_window": 7}, {"sliding_window": None, "head_dim": 18}, {"sliding_window": 4096}],
+    "qwen2": [
+        {},
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0, **YARN},
+        {"tie_word_embeddings": True},
+    ],
+    "qwen3": [
+        {"head_dim": 22},
+        {"attention_bias": True, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+        YARN,
+    ],
+    "gemma": [{"head_dim": 20}, {"num_key_value_heads": 1, "attention_bias": True}],
+    "gemma2": [
+        {"head_dim": 20, "sliding_window": 6, "query_pre_attn_scalar": 13},
+        {"sliding_window": 6, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+        {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5, "head_dim": 12},
+    ],
+    "gemma3_text": [
+        {"num_hidden_layers": 7, "sliding_window": 5, "head_dim": 20, "query_pre_attn_scalar": 30},
+        {"num_hidden_layers": 7, "sliding_window": 5, **GEMMA3_ROPE},
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 3},
+        {"final_logit_softcapping": 2.0, "head_dim": 16},
+    ],
+    "phi3": [
+        {},
+        {"sliding_window": 8},
+        rope("default", partial_rotary_factor=0.5) | {"tie_word_embeddings": True, "hidden_size": 64},
+        LONGROPE[64],
+        LONGROPE[16],
+    ],
+    "smollm3": [
+        {"num_hidden_layers": 5},
+        {"no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True},
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6, **YARN},
+    ],
+    "olmo2": [{}, {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True}],
+    "granite": [
+        dict(embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22),
+        dict(attention_multiplier=0.0156, residual_multiplier=0.5, attention_bias=True, mlp_bias=True),
+    ],
+    "mixtral": [
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": 7, "head_dim": 20},
+    ],
+    "qwen3_moe": [
+        {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 22},
+        {"num_experts": 4, "num_experts_per_tok": 3, "norm_topk_prob": True, "mlp_only_layers": [1]},
+        {"num_experts": 4, "decoder_sparse_step": 2, "num_experts_per_tok": 2}
+        | {"use_sliding_window": True, "sliding_window": 6},
+    ],
+}
+CASES = [
+    pytest.param(family, changes, id=f"{family}-{number}")
+    for family, variants in FAMILIES.items()
+    for number, changes in enumerate(variants)
+]
+
+
+def write_model(folder: Path, family: str, changes: dict[str, Any], seed: int = 0) -> Any:
+    """Write a random model of a family to a folder, and return transformers' own instance of it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **(SIZES | changes))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            # Norms near 1 (or 0, where 1 is added), scores large enough for caps and softmax to bite.
+            parameter.copy_(0.3 * noise + 1.0 if parameter.dim() == 1 else 0.25 * noise)
+    model.save_pretrained(folder)
+    return model
+
+
+def load_ours(folder: Path) -> CausalLM:
+    return load_model(folder, quant_type=None, dtype=torch.float32)
+
+
+def ids(rows: int, seed: int) -> Tensor:
+    return torch.randint(3, SIZES["vocab_size"], (rows, T), generator=torch.Generator().manual_seed(seed))
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_logits_are_those_of_transformers(
+    tmp_path: Path, family: str, changes: dict[str, Any], seed: int
+) -> None:
+    theirs = write_model(tmp_path, family, changes, seed)
+    ours = load_ours(tmp_path)
+    text = ids(2, seed)
+    expected = theirs(text).logits
+    assert relative_difference(ours(text), expected) <= 1e-4
+    assert expected.std() > 0.05  # it says something
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_cached_decoding_is_that_of_transformers(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    theirs = write_model(tmp_path, family, changes)
+    ours = load_ours(tmp_path)
+    text = ids(1, 3)
+    cache = KVCache(ours.arch, 1, T, torch.float32, torch.device("cpu"))
+    past = None
+    for part in text.split([T - 6] + [1] * 6, dim=1):
+        out = theirs(part, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        assert relative_difference(ours(part, cache=cache), out.logits) <= 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_documents_and_padded_rows_are_what_they_are_alone(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    write_model(tmp_path, family, changes)
+    ours = load_ours(tmp_path)
+    text = ids(1, 4)
+    first, second = text.split([17, T - 17], dim=1)
+    alone = [ours(first), ours(second)]
+    torch.testing.assert_close(ours(text, [17, T - 17]), torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
+    # The same two as the rows of a batch, the shorter one padded on the left, the last three one by one.
+    pad = T - 2 * 17
+    rows = torch.cat([torch.cat([torch.zeros(1, pad, dtype=torch.int64), first], 1), second])
+    batch = in_pieces(ours, rows, KVCache(*room(ours, 2), padding=torch.tensor([pad, 0])))
+    for row, text in enumerate([first, second]):
+        own = in_pieces(ours, text, KVCache(*room(ours, 1)))
+        torch.testing.assert_close(batch[row, -text.shape[1] :], own[0], rtol=1e-4, atol=1e-4)
+
+
+def room(model: CausalLM, rows: int) -> tuple:
+    return model.arch, rows, T, torch.float32, torch.device("cpu")
+
+
+def in_pieces(model: CausalLM, text: Tensor, cache: KVCache) -> Tensor:
+    pieces = text.split([text.shape[1] - 3, 1, 1, 1], dim=1)
+    return torch.cat([model(piece, cache=cache) for piece in pieces], dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    changes = FAMILIES[family][-1]
+    theirs = write_model(tmp_path, family, changes)
+    ours = load_ours(tmp_path)
+    text = ids(1, 5)
+    theirs.requires_grad_(False).get_input_embeddings().weight.requires_grad_()
+    ours.model.embed_tokens.weight = torch.nn.Parameter(ours.model.embed_tokens.weight.clone())
+    expected = theirs(text, labels=text).loss
+    targets = torch.cat([text[:, 1:], torch.full((1, 1), -100)], 1)
+    loss = supervised_loss(ours.model(text), targets, ours.lm_head) / (T - 1)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    if not ours.arch.tie_embeddings:  # theirs would add the head's gradient
+        loss.backward()
+        expected.backward()
+        grad = theirs.get_input_embeddings().weight.grad
+        assert relative_difference(ours.model.embed_tokens.weight.grad, grad) <= 1e-4
+
+
+# -- spellings ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_both_spellings_of_a_config_mean_the_same(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    theirs = write_model(tmp_path, family, changes)
+    new = json.loads((tmp_path / "config.json").read_text())
+    arch = read_architecture(tmp_path)
+    both = both_spellings(new)
+    old = {key: value for key, value in both.items() if key not in ("rope_parameters", "dtype")}
+    for config in (both, old, both_spellings(old)):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert read_architecture(tmp_path) == arch
+        again = AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.float32, attn_implementation="eager"
+        )
+        text = ids(1, 6)
+        assert relative_difference(again(text).logits, theirs(text).logits) <= 1e-6
+
+
+# -- what is not understood --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_that_transformers_writes_is_understood_and_a_strange_one_is_not(
+    tmp_path: Path, family: str
+) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(family).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_sinks": 4}))
+    with pytest.raises(ValueError, match="config.json: attention_sinks = 4 is not understood for model_type"):
+        read_architecture(tmp_path)
