@@ -286,7 +286,6 @@ FAMILIES: dict[str, Family] = {
             "attention_bias": False,
             "use_sliding_window": False,
             "sliding_window": 4096,
-            "max_window_layers": None,  # written by some exporters, and read by nobody
             "num_local_experts": None,
             "num_experts": None,
             "num_experts_per_tok": 8,
@@ -304,15 +303,17 @@ _DEFAULT_THETA = {"smollm3": 2e6, "mixtral": 1e6, "gemma3_text": 1e6}
 
 # Settings that would change the arithmetic and are not built, each with the value that leaves it alone.
 _INERT: dict[str, Any] = {
-    "pretraining_tp": 1,
     "use_bidirectional_attention": False,
     "resid_pdrop": 0.0,
     "embd_pdrop": 0.0,
     "router_jitter_noise": 0.0,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
 }
 
 # Keys that say nothing of the arithmetic: names, versions, token ids, how weights were drawn, what to return,
-# how to generate. Anything else that a family does not read is refused unless it is null or false.
+# how to generate, and at the end some that exporters write for families that do not read them. Anything else
+# that a family does not read is refused unless it is null or false.
 _NO_ARITHMETIC = """
     architectures auto_map model_type torch_dtype dtype transformers_version transformers.js_config
     unsloth_version unsloth_fixed name_or_path tokenizer_class task_specific_params finetuning_task
@@ -324,6 +325,7 @@ _NO_ARITHMETIC = """
     num_return_sequences temperature top_k top_p typical_p repetition_penalty length_penalty
     diversity_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size early_stopping
     attn_implementation use_flash_attn use_flash_attention_2 kernel_config quantization_config
+    pretraining_tp max_window_layers sliding_window_size is_llama_config
 """
 
 

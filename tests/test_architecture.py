@@ -181,7 +181,6 @@ def test_whatever_transformers_saves_is_read_back(
         ({"model_type": ["llama"]}, "is not supported"),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; expected 'silu' or"),
-        ({"pretraining_tp": 2}, "pretraining_tp = 2 is not supported; expected 1"),
         ({"sliding_window": 4096}, "sliding_window = 4096 is not understood for model_type 'llama'"),
         ({"layer_types": ["full_attention"]}, "layer_types = .* is not understood for model_type 'llama'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type 'dynamic' are not supported"),

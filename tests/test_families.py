@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minqlora import load_model
+from minqlora import NF4Tensor, load_model
 from minqlora.architecture import both_spellings, read_architecture
 from minqlora.loss import supervised_loss
 from minqlora.model import CausalLM, KVCache
@@ -244,6 +244,21 @@ def test_loss_and_gradients_are_those_of_transformers(tmp_path: Path, family: st
         assert relative_difference(ours.model.embed_tokens.weight.grad, grad) <= 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_4_bits_it_is_the_same_model_with_rounded_weights(tmp_path: Path, family: str) -> None:
+    write_model(tmp_path, family, FAMILIES[family][0])
+    packed, dense = load_model(tmp_path, block_size=32, dtype=torch.float32), load_ours(tmp_path)
+    quantized = {name: p for name, p in packed.named_parameters() if isinstance(p, NF4Tensor)}
+    for name, weight in quantized.items():
+        dense.get_parameter(name).copy_(weight.dequantize())
+    text = ids(1, 8)
+    assert relative_difference(packed(text), dense(text)) <= 1e-5
+    matrices = {name for name, p in dense.model.layers.named_parameters() if p.dim() == 2}
+    routers = {name for name in matrices if name.endswith(".gate.weight")}
+    assert {f"model.layers.{name}" for name in matrices - routers} == set(quantized)
+
+
 # -- spellings ---------------------------------------------------------------------------------------------
 
 
@@ -284,3 +299,122 @@ def test_every_key_that_transformers_writes_is_understood_and_a_strange_one_is_n
     (tmp_path / "config.json").write_text(json.dumps(config | {"attention_sinks": 4}))
     with pytest.raises(ValueError, match="config.json: attention_sinks = 4 is not understood for model_type"):
         read_architecture(tmp_path)
+
+
+# As the hub has them, less sizes and token ids: what exporters of several years write beside what is read.
+HUB: dict[str, dict[str, Any]] = {
+    "Llama-3.2-1B": dict(
+        model_type="llama",
+        attention_bias=False,
+        head_dim=64,
+        hidden_act="silu",
+        initializer_range=0.02,
+        mlp_bias=False,
+        pretraining_tp=1,
+        rms_norm_eps=1e-05,
+        rope_scaling=LLAMA3["rope_parameters"] | {"factor": 32.0, "original_max_position_embeddings": 8192},
+        rope_theta=500000.0,
+        tie_word_embeddings=True,
+        torch_dtype="bfloat16",
+        use_cache=True,
+    ),
+    "SmolLM2-135M": {
+        "model_type": "llama",
+        "is_llama_config": True,
+        "pretraining_tp": 1,
+        "rope_interleaved": False,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "transformers.js_config": {"dtype": "q4"},
+        "tie_word_embeddings": True,
+    },
+    "SmolLM3-3B": dict(
+        model_type="smollm3",
+        layer_types=["full_attention"] * 4,
+        no_rope_layers=[1, 1, 1, 0],
+        no_rope_layer_interval=4,
+        max_window_layers=28,
+        pretraining_tp=2,
+        rope_scaling=None,
+        rope_theta=5000000.0,
+        sliding_window=None,
+        use_sliding_window=False,
+    ),
+    "Qwen2.5-7B": dict(
+        model_type="qwen2",
+        max_window_layers=28,
+        sliding_window=131072,
+        use_sliding_window=False,
+        use_mrope=False,
+        rope_theta=1000000.0,
+        transformers_version="4.40.1",
+    ),
+    "Gemma-2-2b": dict(
+        model_type="gemma2",
+        cache_implementation="hybrid",
+        hidden_act="gelu_pytorch_tanh",
+        hidden_activation="gelu_pytorch_tanh",
+        head_dim=16,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        query_pre_attn_scalar=256,
+        sliding_window=6,
+        sliding_window_size=6,
+    ),
+    "gemma-3-1b": dict(
+        model_type="gemma3_text",
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        head_dim=16,
+        hidden_activation="gelu_pytorch_tanh",
+        query_pre_attn_scalar=256,
+        rope_local_base_freq=10000,
+        rope_scaling=None,
+        rope_theta=1000000,
+        sliding_window=5,
+        sliding_window_pattern=2,
+    ),
+    "Phi-4-mini": dict(
+        model_type="phi3",
+        auto_map={"AutoConfig": "configuration_phi3.Phi3Config"},
+        attention_bias=False,
+        embd_pdrop=0.0,
+        full_attn_mod=1,
+        interpolate_factor=1,
+        lm_head_bias=False,
+        mlp_bias=False,
+        original_max_position_embeddings=16,
+        partial_rotary_factor=0.5,
+        resid_pdrop=0.0,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 4.0, 9.0]},
+        rope_theta=10000.0,
+        sliding_window=262144,
+        tie_word_embeddings=True,
+    ),
+    "Mixtral-8x7B": dict(
+        model_type="mixtral",
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        output_router_logits=False,
+        router_aux_loss_coef=0.02,
+        rope_theta=1000000.0,
+        sliding_window=None,
+    ),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", HUB.values(), ids=HUB)
+def test_configs_as_the_hub_has_them_give_transformers_logits(tmp_path: Path, config: dict[str, Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    family = config["model_type"]
+    changes = {
+        key: config[key] for key in ("tie_word_embeddings", "num_local_experts", "head_dim") if key in config
+    }
+    write_model(tmp_path, family, {"num_hidden_layers": 4, "intermediate_size": 72} | changes)
+    written = SIZES | {"num_hidden_layers": 4} | config
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    text = ids(1, 7)
+    assert relative_difference(load_ours(tmp_path)(text), theirs(text).logits) <= 1e-4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minqlora import generate, load_model
-from minqlora.generate import choose
+from minqlora.generate import choose, generate_batch
 from minqlora.model import CausalLM
 from minqlora.tokenizer import Tokenizer
 
@@ -45,6 +45,55 @@ def test_an_answer_ends_where_transformers_ends_it(
     ours = list(generate(demo_fp32, prompt, max_new_tokens=24, eos_ids=tokenizer.eos_ids))
     assert len(ours) < 24 and [*ours, 2] == theirs.tolist()
     assert "Paris" in tokenizer.decode(ours)
+
+
+# -- several prompts at once -------------------------------------------------------------------------------
+
+QUESTIONS = [
+    "What is the capital of France?",
+    "Hi",
+    "Explain in one sentence why the sky is blue during the day and red in the evening.",
+]
+
+
+@pytest.fixture(scope="module")
+def prompts(demo_model: Path) -> list[list[int]]:
+    tokenizer = Tokenizer(demo_model)
+    rows = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    return [tokenizer.encode(tokenizer.render(row, add_generation_prompt=True)) for row in rows]
+
+
+def test_a_batch_padded_on_the_left_is_that_of_transformers(
+    demo_model: Path, demo_fp32: CausalLM, demo_theirs: Any, prompts: list[list[int]]
+) -> None:
+    width = max(map(len, prompts))
+    rows = torch.tensor([[2] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    theirs = demo_theirs.generate(
+        rows, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=2
+    )
+    ours = generate_batch(demo_fp32, prompts, max_new_tokens=12, eos_ids=[2])
+    ends = [answer + [2] * (12 - len(answer)) for answer in ours]
+    assert ends == [row[:12] + [2] * (12 - len(row)) for row in theirs[:, width:].tolist()]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_each_row_of_a_batch_gets_what_it_gets_alone(
+    demo_fp32: CausalLM, prompts: list[list[int]], temperature: float
+) -> None:
+    options: dict[str, Any] = dict(max_new_tokens=10, temperature=temperature, eos_ids=[2], seed=3)
+    alone = [list(generate(demo_fp32, prompt, **options)) for prompt in prompts]
+    assert len({len(answer) for answer in alone}) > 1  # one of them ends before the others
+    assert generate_batch(demo_fp32, prompts, **options) == alone
+
+
+def test_a_batch_of_none_is_none_and_an_empty_prompt_in_one_is_refused(tiny: CausalLM) -> None:
+    assert generate_batch(tiny, []) == []
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        generate_batch(tiny, [PROMPT, []])
+
+
+# -- where it ends, and what leads there -------------------------------------------------------------------
 
 
 def test_generation_stops_at_any_end_token_and_does_not_yield_it(tiny: CausalLM) -> None:
