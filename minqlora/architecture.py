@@ -718,6 +718,7 @@ def _longrope(wavelengths: Tensor, theta: float, numbers: _Values, values: _Valu
     scale = math.sqrt(1 + math.log(factor) / math.log(max(length, 2))) if factor > 1 else 1.0
 
     def frequencies(key: str) -> tuple[float, ...]:
+        """Return each pair's frequency over its factor."""
         factors = numbers.get(key)
         if (
             not isinstance(factors, list)

@@ -180,23 +180,25 @@ def levels(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
 
 
 @cache
-def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """Return the signed 8-bit dynamic map, float32 (256,), on `device`: one shared tensor per device, not to
-    be written to.
+def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:
+    """Return an 8-bit dynamic map, float32 (256,), on `device`: one shared tensor per device, not to be
+    written to.
 
     For each power of ten from 1e-6 to 1 there are 1, 2, 4, ... 64 levels of either sign: the midpoints of
     that many equal bins of [0.1, 1], times the power. With 0 and +1 that makes 127 negative levels, zero
-    (index 127), and 128 positive. Built without `torch.linspace`, so the bits are the same on every machine.
+    (index 127), and 128 positive. The unsigned map has twice as many bins instead, and zero at index 0.
+    Built without `torch.linspace`, so the bits are the same on every machine.
 
     Source: bitsandbytes' `create_dynamic_map`; "8-bit Optimizers via Block-wise Quantization", "Dynamic
     Quantization".
     """
     positive = [np.float32(1.0)]
     for i in range(7):
-        edges = _linspace(0.1, 1.0, 2**i + 1)
+        edges = _linspace(0.1, 1.0, (2**i if signed else 2 ** (i + 1)) + 1)
         means = (edges[:-1] + edges[1:]) / np.float32(2)
         positive.extend(np.float32(10.0 ** (i - 6)) * means)
-    negative = [-level for level in positive[1:]]  # there is no -1: 256 levels, and zero takes its place
+    # There is no -1: 256 levels, and zero takes its place.
+    negative = [-level for level in positive[1:]] if signed else []
     levels = np.sort(np.array([*negative, 0.0, *positive], dtype=np.float32))
     return shared(torch.from_numpy(levels), device)
 

@@ -1,8 +1,8 @@
 """Chapter 7. PagedAdamW: the optimizer's memory lives where memory is cheap.
 
 AdamW keeps two running means for every trained number, of its gradient and of the gradient's square: 8 bytes
-in float32, touched once a step. On a GPU that is the right thing to put elsewhere. Here the moments live in
-*pinned* host memory, which the GPU's copy engine can reach by itself, and visit the GPU a page at a time::
+in float32, touched once a step. On a GPU that is the right thing to put elsewhere. Here the moments can live
+in *pinned* host memory, which the GPU's copy engine can reach by itself, and visit the GPU a page at a time::
 
     side stream      in 0   in 1          out 0   in 2   out 1   in 3   out 2  ...
     compute stream          update 0   update 1          update 2        update 3
@@ -10,42 +10,64 @@ in float32, touched once a step. On a GPU that is the right thing to put elsewhe
 Two pages of staging are held: while one is being updated, the next arrives and the one before leaves. A page
 is `page_bytes` of each moment, so the GPU holds 4 page_bytes however large the model.
 
-On a CPU nothing is copied, and the class is AdamW. Either way the result is `torch.optim.AdamW`'s to the bit:
-the update is the same operations in the same order, and as each number is updated by itself, pages cannot
-change it.
+The moments can be narrow besides: 8 bits each, in blocks of 256 that share a scale, by the dynamic maps of
+Chapter 1, signed for the mean and unsigned for the mean square. Four of the signed map's levels::
 
-Shapes and dtypes: parameters and gradients of any floating dtype; moments float32, flat pages of each
-parameter. Cost: 8 bytes of host memory a trained parameter; on CUDA 16 bytes of traffic each over the bus a
-step, behind the update.
+    m          0.004    -0.0001     0.9       1.2        scale 1.2
+    m / scale  0.0033   -0.000083   0.75      1.0
+    decoded    0.0040   -0.00010    0.904     1.2        2 % off, over six powers of ten
+
+Each page is decoded to float32, updated, and encoded again. One thing decides whether that trains: a mean
+square so small beside its block's largest that it would be rounded to zero makes a step of m / eps. Here a
+positive one is never rounded below the smallest level.
+
+On a CPU nothing is copied, and the class is AdamW. Wherever 32-bit moments live, the result is
+`torch.optim.AdamW`'s to the bit: the update is the same operations in the same order, and as each number is
+updated by itself, pages cannot change it.
+
+Shapes and dtypes: parameters and gradients of any floating dtype; moments float32, or uint8 with float32
+scales. Cost: 8 bytes a trained parameter, or 2.03; on CUDA twice that of traffic over the bus a step, behind
+the update.
 
 Differences. The paper pages through CUDA's unified memory, where the driver moves pages when the GPU runs out
 and nobody sees it; here the traffic is explicit, counted in `paged_bytes`, and works wherever there are
-streams.
+streams. bitsandbytes rounds small mean squares to zero on a GPU.
 
-Paper: "Paged Optimizers". AdamW: "Decoupled Weight Decay Regularization", algorithm 2.
+Paper: "Paged Optimizers". AdamW: "Decoupled Weight Decay Regularization", algorithm 2. Narrow moments: "8-bit
+Optimizers via Block-wise Quantization".
 
 Before: lora. Next: architecture.
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minqlora.codebook import dynamic_map
+from minqlora.quantize import dequantize_blockwise, quantize_blockwise
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BLOCK_SIZE = 256  # numbers of a narrow moment that share a scale
+NARROW_FROM = 4096  # parameters with fewer numbers keep wide moments: they cost nothing and may matter
+HEADROOM = 1 / 16  # of a device's memory: with less than that free, "auto" moves the moments to the host
 
 
 class PagedAdamW(torch.optim.Optimizer):
-    """AdamW with float32 moments that can live in pinned host memory.
+    """AdamW with moments of 32 or 8 bits that can live in pinned host memory.
 
     params: parameters, or groups of them as dicts. lr, betas, eps, weight_decay: as in `torch.optim.AdamW`.
-    paged: "auto" pages where the parameters are on a device with streams of its own; "always" runs the paging
-    even on a CPU; "never" keeps the moments beside their parameters. page_bytes: size of one page of one
-    moment, in bytes.
+    bits: 32, or 8 for parameters of at least 4096 numbers. paged: "always" keeps the moments on the host (on
+    a CPU too, where that means nothing but the copies); "never" beside their parameters; "auto" beside them
+    while a sixteenth of the device's memory is free, then on the host, which changes no bit of the result.
+    page_bytes: size of one page of one moment, in bytes. scale_rule: how 8-bit moments are rounded, as in
+    `quantize_blockwise`. floor: a positive mean square is never rounded to zero; False is bitsandbytes' way.
 
-    `paged_bytes` counts the bytes moved between host and device since the start. Raises ValueError for a
-    negative lr, eps or weight_decay, betas outside [0, 1), another `paged`, or page_bytes under 4.
+    `paged_bytes` counts the bytes moved between host and device since the start, `stalled_seconds` the time
+    that updates waited for them. Raises ValueError for a negative lr, eps or weight_decay, betas outside
+    [0, 1), other bits, another `paged`, or page_bytes under 4.
     """
 
     def __init__(
@@ -56,23 +78,33 @@ class PagedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        bits: int = 32,
         paged: str = "auto",
         page_bytes: int = 2**24,
+        scale_rule: str = "midpoint",
+        floor: bool = True,
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be in [0, 1), got {betas}")
+        if bits not in (8, 32):
+            raise ValueError(f"bits must be 8 or 32, got {bits}")
         if paged not in ("auto", "always", "never"):
             raise ValueError(f"paged must be 'auto', 'always' or 'never', not {paged!r}")
         if page_bytes < 4:
             raise ValueError(f"page_bytes must hold at least one float32, got {page_bytes}")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.paged = paged
-        self.page_bytes = page_bytes
-        self.paged_bytes = 0
+        self.bits, self.paged, self.page_bytes = bits, paged, page_bytes
+        self.scale_rule, self.floor = scale_rule, floor
+        self.paged_bytes, self.stalled_seconds = 0, 0.0
+        self._crowded: set[torch.device] = set()  # devices whose moments "auto" has moved to the host
         self._stagings: dict[torch.device, _Staging] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy needs; staging memory and streams are made anew."""
+        return {**self.__dict__, "_stagings": {}}
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -81,80 +113,197 @@ class PagedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = [
-            self._prepare(param, group)
+        params = [
+            (param, group)
             for group in self.param_groups
             for param in group["params"]
             if param.grad is not None
         ]
-        for device in {update.param.device for update in updates}:
-            here = [update for update in updates if update.param.device == device]
+        for device in {param.device for param, _ in params}:
+            here = [(param, group) for param, group in params if param.device == device]
+            self._make_room(device, [param for param, _ in here])
+            updates = [self._prepare(param, group) for param, group in here]
+            pages = [page for update in updates for page in update.pages(self.page_bytes)]
             if self._pages_on(device):
                 if device not in self._stagings:
-                    self._stagings[device] = _Staging(device, self.page_bytes // 4)
-                self.paged_bytes += self._stagings[device].run(here)
+                    self._stagings[device] = _Staging(device, self.page_bytes, self.bits == 8)
+                self.paged_bytes += sum(2 * page.nbytes for page in pages)  # there and back
+                self.stalled_seconds += self._stagings[device].run(pages)
             else:
-                for update in here:
-                    adamw_(*update)
+                for page in pages:
+                    page.apply()
+            for (param, _), update in zip(here, updates, strict=True):
+                if not param.is_contiguous():  # a copy was updated
+                    param.copy_(update.param.view(param.shape))
         return loss
 
+    def page_out(self, device: torch.device) -> None:
+        """Move the moments of the device's parameters to the host, for good; they are paged from then on.
+
+        What "auto" does by itself before a step. A training loop may call it where memory ran out elsewhere.
+        """
+        self._crowded.add(device)
+        for param, state in self.state.items():
+            if param.device == device:
+                for name in state.keys() - {"step"}:
+                    state[name] = _on_host(state[name], device)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, its moments in float32 as they were, and where they belong."""
+        """Take over what `state_dict` gave, its moments bit for bit, and where they belong.
+
+        Raises ValueError for moments that are not as wide as this optimizer's.
+        """
         super().load_state_dict(state_dict)  # casts moments to the parameters' dtype and device
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         for param, index in zip(params, saved_ids, strict=True):
-            for name in MOMENTS if index in state_dict["state"] else ():
-                self.state[param][name] = self._new_moment(param).copy_(state_dict["state"][index][name])
+            saved = state_dict["state"].get(index)
+            if saved is None:
+                continue
+            state = {"step": self.state[param]["step"], **self._new_moments(param)}
+            for name in state.keys() - {"step"}:
+                if name not in saved or saved[name].dtype != state[name].dtype:
+                    held = saved["exp_avg"].element_size() * 8 if "exp_avg" in saved else 0
+                    raise ValueError(f"the saved moments have {held} bits; this optimizer is of other bits")
+                state[name].copy_(saved[name])
+            self.state[param] = state
 
     def _prepare(self, param: Tensor, group: dict) -> "_Update":
         state = self.state[param]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            for name in MOMENTS:
-                state[name] = self._new_moment(param)
+            state |= self._new_moments(param)
         state["step"] += 1
         assert param.grad is not None
         return _Update(
-            param=param.view(-1),
+            param=param.reshape(-1),
             grad=param.grad.reshape(-1),
-            exp_avg=state["exp_avg"].view(-1),
-            exp_avg_sq=state["exp_avg_sq"].view(-1),
+            moments=tuple(
+                Moment(state[name].view(-1), state.get(f"{name}_absmax"), name == "exp_avg")
+                for name in MOMENTS
+            ),
             step=int(state["step"]),
             group=group,
+            rounding=(self.scale_rule, self.floor),
         )
 
-    def _new_moment(self, param: Tensor) -> Tensor:
-        if not self._pages_on(param.device):
-            return torch.zeros_like(param, dtype=torch.float32)
+    def _new_moments(self, param: Tensor) -> dict[str, Tensor]:
+        narrow = self.bits == 8 and param.numel() >= NARROW_FROM
+        dtype = torch.uint8 if narrow else torch.float32
+        moments = {name: torch.zeros(param.shape, dtype=dtype, device="meta") for name in MOMENTS}
+        if narrow:
+            n_blocks = -(-param.numel() // BLOCK_SIZE)
+            scales = torch.zeros(n_blocks, dtype=torch.float32, device="meta")
+            moments |= {f"{name}_absmax": scales for name in MOMENTS}
+        device = torch.device("cpu") if self._pages_on(param.device) else param.device
         # Pinned: the copy engine reads it without the CPU's help, and only so do copies overlap with updates.
-        return torch.zeros(param.shape, dtype=torch.float32, pin_memory=param.device.type != "cpu")
+        pin = device != param.device
+        return {
+            name: torch.zeros(like.shape, dtype=like.dtype, device=device, pin_memory=pin)
+            for name, like in moments.items()
+        }
 
     def _pages_on(self, device: torch.device) -> bool:
-        if self.paged == "auto":
-            return device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
-        return self.paged == "always"
+        return self.paged == "always" or (self.paged == "auto" and device in self._crowded)
+
+    def _make_room(self, device: torch.device, params: list[Tensor]) -> None:
+        if self.paged != "auto" or device in self._crowded:
+            return
+        free, total = _memory(device)
+        width = 2 if self.bits == 8 else 8
+        if free - sum(width * p.numel() for p in params if p not in self.state) < HEADROOM * total:
+            self.page_out(device)
+
+
+def _memory(device: torch.device) -> tuple[float, float]:
+    # -> bytes free, those that PyTorch holds in reserve included, and in all. A host's memory is not counted.
+    module = torch.get_device_module(device)
+    if device.type == "cpu" or not hasattr(module, "mem_get_info"):
+        return float("inf"), 0.0
+    free, total = module.mem_get_info(device)
+    return free + module.memory_reserved(device) - module.memory_allocated(device), total
+
+
+def _on_host(tensor: Tensor, device: torch.device) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=device.type != "cpu")
+    return host.copy_(tensor)
+
+
+class Moment(NamedTuple):
+    """One moment of a run of numbers, as it is stored.
+
+    values: float32 (n,), or uint8 codes (n,) with absmax, float32 (ceil(n / 256),). signed: which map the
+    codes are of.
+    """
+
+    values: Tensor
+    absmax: Tensor | None
+    signed: bool
+
+    @property
+    def stored(self) -> list[Tensor]:
+        """The tensors that hold it."""
+        return [self.values] if self.absmax is None else [self.values, self.absmax]
+
+    def part(self, start: int, stop: int) -> "Moment":
+        """Return the moment of numbers start to stop, sharing memory; start is a multiple of 256."""
+        blocks = slice(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
+        absmax = None if self.absmax is None else self.absmax[blocks]
+        return self._replace(values=self.values[start:stop], absmax=absmax)
+
+    def load(self) -> Tensor:
+        """Return the numbers in float32 (n,): the stored ones themselves if they are that wide."""
+        if self.absmax is None:
+            return self.values
+        codebook = dynamic_map(self.values.device, signed=self.signed)
+        return dequantize_blockwise(self.values, self.absmax, codebook, BLOCK_SIZE)
+
+    def save(self, numbers: Tensor, scale_rule: str, floor: bool) -> None:
+        """Store the numbers that `load` returned, once they are updated."""
+        if self.absmax is None:
+            return
+        codebook = dynamic_map(self.values.device, signed=self.signed)
+        codes, absmax = quantize_blockwise(numbers, codebook, BLOCK_SIZE, scale_rule)
+        if floor and not self.signed:  # code 0 is zero, code 1 the smallest level
+            codes += (codes == 0) & (numbers > 0)
+        self.values.copy_(codes)
+        self.absmax.copy_(absmax)
 
 
 class _Update(NamedTuple):
-    # The arguments of adamw_: flat tensors of equal length.
+    # One AdamW update: flat tensors of equal length, moments as stored.
     param: Tensor
     grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    moments: tuple[Moment, ...]
     step: int
     group: dict
+    rounding: tuple[str, bool]
 
-    def pages(self, numbers: int) -> "Iterator[_Update]":
-        """Yield this update in pieces of at most `numbers` numbers."""
-        for start in range(0, self.param.numel(), numbers):
-            part = slice(start, start + numbers)
+    @property
+    def nbytes(self) -> int:
+        """The bytes of both moments."""
+        return sum(tensor.nbytes for moment in self.moments for tensor in moment.stored)
+
+    def pages(self, page_bytes: int) -> "Iterator[_Update]":
+        """Yield this update in pieces whose moments take at most `page_bytes` each, scales not counted."""
+        numbers = page_bytes // 4
+        if self.moments[0].absmax is not None:
+            numbers = max(page_bytes // BLOCK_SIZE, 1) * BLOCK_SIZE
+        n = self.param.numel()
+        for start in range(0, n, numbers):
+            stop = min(start + numbers, n)
             yield self._replace(
-                param=self.param[part],
-                grad=self.grad[part],
-                exp_avg=self.exp_avg[part],
-                exp_avg_sq=self.exp_avg_sq[part],
+                param=self.param[start:stop],
+                grad=self.grad[start:stop],
+                moments=tuple(moment.part(start, stop) for moment in self.moments),
             )
+
+    def apply(self) -> None:
+        """Update the parameter and the moments in place."""
+        exp_avg, exp_avg_sq = (moment.load() for moment in self.moments)
+        adamw_(self.param, self.grad, exp_avg, exp_avg_sq, self.step, self.group)
+        for moment, numbers in zip(self.moments, (exp_avg, exp_avg_sq), strict=True):
+            moment.save(numbers, *self.rounding)
 
 
 def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, group: dict) -> None:
@@ -166,16 +315,16 @@ def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, ste
     """
     lr, (beta1, beta2) = group["lr"], group["betas"]
     grad = grad.float()
+    wide = param.float()  # param itself if it is float32; else the step is formed there and rounded once
     if group["weight_decay"]:
-        param.mul_(1 - lr * group["weight_decay"])
+        wide.mul_(1 - lr * group["weight_decay"])
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     step_size = lr / (1 - beta1**step)
     denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-    if param.dtype == torch.float32:
-        param.addcdiv_(exp_avg, denominator, value=-step_size)
-    else:  # the step is formed in float32 and rounded once
-        param.copy_(param.float().addcdiv_(exp_avg, denominator, value=-step_size))
+    wide.addcdiv_(exp_avg, denominator, value=-step_size)
+    if wide is not param:
+        param.copy_(wide)
 
 
 class _Staging:
@@ -186,42 +335,67 @@ class _Staging:
     nothing, and all happens in order anyway.
     """
 
-    def __init__(self, device: torch.device, page_numbers: int):
+    def __init__(self, device: torch.device, page_bytes: int, narrow: bool):
         self.device = device
-        self.page_numbers = page_numbers
         self.module = torch.get_device_module(device)
         self.side = self.module.Stream() if device.type == "cpu" else self.module.Stream(device)
-        self.slots = [torch.empty(2, page_numbers, dtype=torch.float32, device=device) for _ in range(2)]
+        blocks = -(-page_bytes // BLOCK_SIZE)  # of codes, each with a scale
+        room = max(_aligned(page_bytes), blocks * BLOCK_SIZE + _aligned(4 * blocks) if narrow else 0)
+        self.slots = [torch.empty(2 * room, dtype=torch.uint8, device=device) for _ in range(2)]
         # The allocator may hand out memory that the compute stream is still reading.
         self.side.wait_stream(self.module.current_stream(device))
 
-    def run(self, updates: list[_Update]) -> int:
-        """Apply the updates, whose moments are on the host, page by page; return the bytes copied."""
-        pages = [page for update in updates for page in update.pages(self.page_numbers)]
+    def run(self, pages: list[_Update]) -> float:
+        """Apply the pages, whose moments are on the host; return the seconds they waited for copies."""
+        waits = []
         arriving = self._bring_in(pages[0], self.slots[0])
         for i, page in enumerate(pages):
             staged, arrived = arriving
             if i + 1 < len(pages):  # on its way while this one is updated
                 arriving = self._bring_in(pages[i + 1], self.slots[(i + 1) % 2])
             compute = self.module.current_stream(self.device)
+            began = self._now(compute)
             compute.wait_event(arrived)
-            adamw_(page.param, page.grad, staged[0], staged[1], page.step, page.group)
+            waits.append((began, self._now(compute)))
+            staged.apply()
             self._send_back(page, staged, compute.record_event())
         # The host waits for the last copy: from here on the moments may be read, saved or changed.
         done = self.module.Event()
         done.record(self.side)
         done.synchronize()
-        return sum(4 * page.exp_avg.nbytes for page in pages)  # two moments, there and back
+        return sum(self._seconds(*wait) for wait in waits)
+
+    def _now(self, compute) -> Any:
+        if self.device.type == "cpu":
+            return time.perf_counter()
+        event = self.module.Event(enable_timing=True)
+        event.record(compute)
+        return event
+
+    def _seconds(self, began, ended) -> float:
+        return ended - began if self.device.type == "cpu" else began.elapsed_time(ended) / 1000
 
     def _bring_in(self, page: _Update, slot: Tensor):
-        staged = slot[:, : page.exp_avg.numel()]  # (2, numbers of this page)
+        used = 0
+        moments = []
         with self.module.stream(self.side):
-            staged[0].copy_(page.exp_avg, non_blocking=True)
-            staged[1].copy_(page.exp_avg_sq, non_blocking=True)
-            return staged, self.side.record_event()
+            for moment in page.moments:
+                staged = []
+                for tensor in moment.stored:
+                    room = slot[used : used + tensor.nbytes].view(tensor.dtype)
+                    staged.append(room.copy_(tensor, non_blocking=True))
+                    used += _aligned(tensor.nbytes)
+                moments.append(Moment(staged[0], staged[1] if len(staged) > 1 else None, moment.signed))
+            return page._replace(moments=tuple(moments)), self.side.record_event()
 
-    def _send_back(self, page: _Update, staged: Tensor, updated) -> None:
+    def _send_back(self, page: _Update, staged: _Update, updated) -> None:
         with self.module.stream(self.side):
             self.side.wait_event(updated)
-            page.exp_avg.copy_(staged[0], non_blocking=True)
-            page.exp_avg_sq.copy_(staged[1], non_blocking=True)
+            for home, away in zip(page.moments, staged.moments, strict=True):
+                for target, source in zip(home.stored, away.stored, strict=True):
+                    target.copy_(source, non_blocking=True)
+
+
+def _aligned(n_bytes: int) -> int:
+    # Views of another dtype begin at multiples of its size.
+    return -(-n_bytes // 16) * 16

@@ -153,14 +153,26 @@ def quantize_scales(
     Returns `absmax_codes` uint8 (n_blocks,) and `nested_absmax` float32 (ceil(n_blocks / block_size),).
     Raises ValueError for another rule. Source: the paper, "Double Quantization".
     """
+    return quantize_blockwise(absmax - offset, codebook, block_size, scale_rule)
+
+
+def quantize_blockwise(
+    numbers: Tensor, codebook: Tensor, block_size: int, scale_rule: str = "midpoint"
+) -> tuple[Tensor, Tensor]:
+    """Quantize numbers to 8 bits, in blocks that share a scale: what scales and an optimizer's moments need.
+
+    numbers: float32 (n,). codebook: a dynamic map, float32 (256,). scale_rule: as in `quantize_scales`.
+
+    Returns codes, uint8 (n,), and scales, float32 (ceil(n / block_size),). Raises ValueError for another
+    rule. Source: "8-bit Optimizers via Block-wise Quantization".
+    """
     if scale_rule not in SCALE_RULES:
         raise ValueError(f"scale_rule must be one of {', '.join(SCALE_RULES)}, not {scale_rule!r}")
-    centred = absmax - offset
-    n = centred.numel()
+    n = numbers.numel()
     # Padded with zeros, which never raise a maximum.
-    blocks = F.pad(centred, (0, -n % block_size)).view(-1, block_size)
-    nested_absmax = blocks.abs().amax(dim=1)
-    scaled = (blocks * (1.0 / nested_absmax)[:, None]).view(-1)[:n].clamp_(-1, 1)
+    blocks = F.pad(numbers, (0, -n % block_size)).view(-1, block_size)
+    scales = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / scales)[:, None]).view(-1)[:n].clamp_(-1, 1)
     if scale_rule == "table":
         # A number is rounded to one of 65,536 steps over [-1, 1], and what takes a code is the step.
         step = ((scaled + 1) * 0.5 * 65535 + 0.5).floor()
@@ -170,8 +182,8 @@ def quantize_scales(
         # A number on a border has the lower code; the rule is the even one.
         border_above = F.pad(thresholds(codebook), (0, 1), value=math.inf)  # (256,)
         codes += (codes & 1) * (scaled == border_above[codes.int()])
-    codes.masked_fill_(scaled.isnan(), 0)  # 0 * inf: scales that are all equal
-    return codes, nested_absmax
+    codes.masked_fill_(scaled.isnan(), 0)  # 0 * inf: numbers that are all zero
+    return codes, scales
 
 
 def mean_scale(weight: Tensor, block_size: int) -> Tensor:
@@ -374,14 +386,30 @@ def dequantize_scales(
     slightly different ones. first: how many scales come before these, counted from the block of
     nested_absmax[0].
     """
-    n, device = len(absmax_codes), absmax_codes.device
-    scales = torch.empty(n, dtype=torch.float32, device=device) if out is None else out
-    for start in range(0, n, RUN):
-        some = absmax_codes[start : start + RUN]
-        index = scratch("index", len(some), torch.int64, device).copy_(some)
-        look_up(nested_codebook, index, out=scales[start : start + RUN])
-    scale_blocks_(scales, nested_absmax[first // block_size :], block_size, first % block_size)
+    scales = dequantize_blockwise(absmax_codes, nested_absmax, nested_codebook, block_size, first, out)
     return scales.add_(offset)
+
+
+def dequantize_blockwise(
+    codes: Tensor,
+    scales: Tensor,
+    codebook: Tensor,
+    block_size: int,
+    first: int = 0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the numbers that `quantize_blockwise` encoded, float32 (n,), or write them to `out`.
+
+    first: how many numbers come before these, counted from the block of scales[0].
+    """
+    n, device = len(codes), codes.device
+    numbers = torch.empty(n, dtype=torch.float32, device=device) if out is None else out
+    for start in range(0, n, RUN):
+        some = codes[start : start + RUN]
+        index = scratch("index", len(some), torch.int64, device).copy_(some)
+        look_up(codebook, index, out=numbers[start : start + RUN])
+    scale_blocks_(numbers, scales[first // block_size :], block_size, first % block_size)
+    return numbers
 
 
 def scale_blocks_(values: Tensor, scales: Tensor, block_size: int, first: int = 0) -> None:

@@ -29,7 +29,10 @@ FIXED = [name for name, fixed in QUANT_TYPES.items() if fixed is not None]
 ASCENDING = ["nf2", "nf3", "nf4", "nf5", "nf6", "nf7", "nf8", "int4"]
 
 # Of the 256 float32 in little-endian order, as bitsandbytes' map has them.
-DYNAMIC_MAP_SHA256 = "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c"
+DYNAMIC_MAP_SHA256 = {
+    True: "e732639a65f497b4ad684bb166a4467708255edd5207757de8b8f0c7e1fda89c",
+    False: "305f002cc11278fb769d13b25b9fd0c7c83c8402c40a878fe086f4039fde6398",
+}
 
 # The borders that bitsandbytes' kernels compare with.
 NF4_BORDERS = [
@@ -224,10 +227,11 @@ def test_quantile_levels_of_nothing_are_refused():
 # -- the dynamic map -----------------------------------------------------------------------------------------
 
 
-def test_dynamic_map_has_the_published_bits():
-    levels = dynamic_map()
+@pytest.mark.parametrize("signed", [True, False])
+def test_dynamic_map_has_the_published_bits(signed: bool):
+    levels = dynamic_map(signed=signed)
     assert levels.dtype == torch.float32
-    assert hashlib.sha256(levels.numpy().astype("<f4").tobytes()).hexdigest() == DYNAMIC_MAP_SHA256
+    assert hashlib.sha256(levels.numpy().astype("<f4").tobytes()).hexdigest() == DYNAMIC_MAP_SHA256[signed]
 
 
 def test_dynamic_map_is_that_of_bitsandbytes(bnb):
