@@ -7,6 +7,7 @@
 train    a QLoRA training step: speed and peak memory, against transformers + PEFT + bitsandbytes
 quant    quantizing, dequantizing and the NF4 linear layer: speed, against bitsandbytes and torchao
 error    what each 4-bit code loses, on normal numbers and on a real model
+load     a 7B-shaped checkpoint into 4 bits: time and peak memory, against transformers + bitsandbytes
 
 Each prints a table for people and, as the last line of output, the JSON document that --output writes too.
 """
@@ -29,7 +30,7 @@ from options import user_errors
 
 DOOR = Path(__file__).resolve()  # what a benchmark starts to have a process of its own
 ROOT = DOOR.parent.parent
-BENCHMARKS = ("train", "quant", "error")  # each is the module bench_NAME beside this one
+BENCHMARKS = ("train", "quant", "error", "load")  # each is the module bench_NAME beside this one
 
 
 def main() -> None:
