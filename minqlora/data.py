@@ -18,13 +18,16 @@ The prompt is tokenized apart from its answer, because that is how it will come 
 
 A batch is not a padded rectangle: its examples stand end to end in one row, (1, T), and `lengths` keeps them
 apart in attention. `targets` are the labels moved one place, so that position t holds the token to be
-predicted there.
+predicted there. `pack` chooses examples that fill rows of one length, so that every step does the same work::
+
+    lengths 700 600 400 300 300 and 1,000 tokens a row  ->  [700 300] [600 400] [300]
 
 Source of the format names: Stanford Alpaca; OpenAI's chat messages.
 
 Before: tokenizer. Next: loss.
 """
 
+import bisect
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -296,3 +299,34 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     """Return the order in which an epoch visits `count` examples, decided by seed and epoch alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(count, generator=generator).tolist()
+
+
+WINDOW = 4096  # examples that are packed together: enough to fill rows, few enough to keep the order random
+
+
+def pack(lengths: Sequence[int], capacity: int, seed: int, epoch: int) -> Iterator[list[int]]:
+    """Yield the rows of an epoch, each a list of places in `lengths` that take at most `capacity` tokens.
+
+    Within windows of the shuffled order the longest example comes first and goes where least room is left
+    over ("best fit, decreasing"); then the window's rows are shuffled. Every example stands in one row.
+    """
+    order = shuffled(len(lengths), seed, epoch)
+    for start in range(0, len(order), WINDOW):
+        rows = _best_fit(order[start : start + WINDOW], lengths, capacity)
+        for place in shuffled(len(rows), seed, epoch):
+            yield rows[place]
+
+
+def _best_fit(examples: list[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, row), ascending
+    for example in sorted(examples, key=lambda i: -lengths[i]):  # stable: equals keep the shuffled order
+        fitting = bisect.bisect_left(room, (lengths[example], 0))
+        if fitting < len(room):
+            left, row = room.pop(fitting)
+        else:
+            left, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(example)
+        bisect.insort(room, (left - lengths[example], row))
+    return rows

@@ -19,6 +19,7 @@ from minqlora.data import (
     collate,
     encode,
     load_dataset,
+    pack,
     shuffled,
     split,
     to_messages,
@@ -472,3 +473,40 @@ def test_an_order_is_a_permutation_decided_by_seed_and_epoch() -> None:
     assert all(sorted(order) == list(range(20)) for order in orders)
     assert len(set(orders)) == len(orders)
     assert list(orders[0]) == shuffled(20, 0, -1)
+
+
+# -- packing -------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_docstring() -> None:
+    lengths = [700, 600, 400, 300, 300]
+    rows = [sorted(lengths[i] for i in row) for row in pack(lengths, 1000, seed=0, epoch=0)]
+    assert sorted(rows) == [[300], [300, 700], [400, 600]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=300),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 5),
+)
+def test_every_example_stands_in_one_row_and_no_row_overflows(
+    lengths: list[int], seed: int, epoch: int
+) -> None:
+    rows = list(pack(lengths, 50, seed, epoch))
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 50 for row in rows)
+    # Best fit never opens a row while another has room: at most one is half empty or more.
+    assert sum(sum(lengths[i] for i in row) <= 25 for row in rows) <= 1
+    assert list(pack(lengths, 50, seed, epoch)) == rows
+
+
+def test_rows_of_real_lengths_are_nearly_full_and_in_a_new_order_every_epoch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(20, 300, (10_000,), generator=generator).tolist()  # several windows
+    first, second = (list(pack(lengths, 512, seed=1, epoch=epoch)) for epoch in (0, 1))
+    for rows in (first, second):
+        assert sum(lengths) / (512 * len(rows)) > 0.97
+    assert first != second
+    means = [sum(lengths[i] for i in row) / len(row) for row in first]
+    # Rows of long examples do not all come first.
+    assert abs(sum(means[:200]) / 200 - sum(means) / len(means)) < 15
