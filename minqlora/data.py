@@ -11,8 +11,8 @@ learned too, or the model would never stop::
 
 Three kinds of rows are recognised by their keys: a pair (prompt / completion, question / answer), an Alpaca
 row (instruction, input, output) and `messages`. If the tokenizer has a chat template, pairs are a question of
-the user and the assistant's reply, written with the template; without one, the prompt's text is followed by
-the completion's and the end token.
+the user and the assistant's reply, written with the template. Without one, which is how base models come, the
+default is plain text: the prompt's, then the completion's and the end token; who asks gives the prompt alone.
 
 The prompt is tokenized apart from its answer, because that is how it will come when somebody asks.
 
@@ -42,6 +42,11 @@ from minqlora.tokenizer import Message, Tokenizer
 IGNORE = (
     -100
 )  # the label of a token that is given and not learned; what torch's cross entropy ignores by default
+
+NO_TEMPLATE = (
+    "the tokenizer has no chat template: only a prompt and its completion can be written; a file "
+    "chat_template.jinja in the model's folder says how conversations are to be"
+)
 
 PAIRS = (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
 
@@ -220,6 +225,8 @@ def encode_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     earlier turns is there no telling them apart. Raises ValueError as `Tokenizer.render`.
     """
     if tokenizer.chat_template is None:
+        if messages[0]["role"] == "system":
+            raise ValueError(NO_TEMPLATE)
         return tokenizer.encode(messages[-1]["content"], add_special_tokens=True)
     text = tokenizer.render(messages, add_generation_prompt=True)
     try:
@@ -230,7 +237,7 @@ def encode_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     if not text.startswith(written):
         turns, written = [], ""
     earlier = [token for _, given, answer, _ in turns for token in given + answer]
-    return earlier + tokenizer.encode(text[len(written) :])
+    return earlier + tokenizer.encode(text[len(written) :], continues=bool(written))
 
 
 def _turns(messages: list[Message], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int], list[int], str]]:
@@ -246,8 +253,8 @@ def _turns(messages: list[Message], tokenizer: Tokenizer) -> Iterator[tuple[str,
             )
         # Only a text that no template wrote gets the tokenizer's own beginning-of-text token.
         add_bos = tokenizer.chat_template is None
-        given = tokenizer.encode(prompt[len(written) :], add_special_tokens=add_bos)
-        learned = tokenizer.encode(answer)
+        given = tokenizer.encode(prompt[len(written) :], add_special_tokens=add_bos, continues=bool(written))
+        learned = tokenizer.encode(answer, continues=True)
         if not any(token in tokenizer.eos_ids for token in learned):
             learned.append(tokenizer.eos_ids[0])
         written = prompt + answer
@@ -258,9 +265,7 @@ def _segments(messages: list[Message], tokenizer: Tokenizer) -> tuple[str, str]:
     # -> the text before the last message, which is the assistant's, and the text of that message with its end
     if tokenizer.chat_template is None:
         if [message["role"] for message in messages] != ["user", "assistant"]:
-            raise ValueError(
-                "the tokenizer has no chat template: only a prompt and its completion can be written"
-            )
+            raise ValueError(NO_TEMPLATE)
         return messages[0]["content"], messages[1]["content"]
     prompt = tokenizer.render(messages[:-1], add_generation_prompt=True)
     whole = tokenizer.render(messages)
