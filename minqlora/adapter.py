@@ -13,7 +13,7 @@ understood here is refused by name.
 Cost: 4 r (N + K) bytes a layer. The weights are written before the config, each atomically: a folder with a
 config is whole.
 
-Before: checkpoint. Next: tokenizer.
+Before: checkpoint. Next: template.
 """
 
 import json

@@ -340,7 +340,9 @@ def read_architecture(folder: Path | str) -> Architecture:
     try:
         return architecture_from_config(config)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        # A key may hold anything, ends of lines too.
+        problem = "".join(c if c.isprintable() else " " for c in str(error))
+        raise ValueError(f"{folder / 'config.json'}: {' '.join(problem.split())}") from None
 
 
 def read_config(folder: Path | str) -> dict[str, Any]:
@@ -368,7 +370,11 @@ def architecture_from_config(config: dict[str, Any]) -> Architecture:
     values = _Values({**COMMON, **family.reads}, config)
     hidden_size, n_heads = values.size("hidden_size"), values.size("num_attention_heads")
     n_kv_heads = values.size("num_key_value_heads", n_heads)
+    if hidden_size < n_heads:
+        raise ValueError(f"hidden_size = {hidden_size} is less than num_attention_heads = {n_heads}")
     head_dim = values.size("head_dim", hidden_size // n_heads)
+    if head_dim > 2**16:
+        raise ValueError(f"head_dim = {head_dim} is more than any model has")
     if n_heads % n_kv_heads:
         raise ValueError(
             f"num_attention_heads = {n_heads} is not a multiple of num_key_value_heads = {n_kv_heads}"

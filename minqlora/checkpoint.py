@@ -1,4 +1,4 @@
-"""Chapter 10. Checkpoints: from a Hugging Face folder to a 4-bit model, one tensor at a time.
+"""Chapter 10. Checkpoints: from a Hugging Face folder to a 4-bit model and back, one tensor at a time.
 
 A 7B checkpoint is 13.5 GB in 16 bits and 3.4 GB in NF4. The first figure must never be in memory: each tensor
 is read from disk, quantized, and dropped before the next one is read::
@@ -8,23 +8,36 @@ is read from disk, quantized, and dropped before the next one is read::
     model.embed_tokens.weight             (49152, 576) bfloat16, 57 MB   ->  as it is; cast where it is used
 
 The model is built first, without memory ("on the meta device"), and so says itself which tensors it wants and
-in which shape; what the folder holds is compared with that list before anything is read. A tensor missing, of
-another shape, or left over is an error that names it: nothing is initialised at random in silence.
+in which shape; what the folder holds is compared with that list, and what the model will take with the memory
+that is free, before anything is read. A tensor missing, of another shape, or left over is an error that names
+it: nothing is initialised at random in silence.
+
+A folder may be in 4 bits already, as bitsandbytes writes them: a weight is then half a dozen tensors, told by
+a name that ends in `.quant_state.bitsandbytes__nf4`, and is taken as it is, bit for bit. Going out, sizes are
+known before numbers are: the header of each file is written first, each tensor goes to its place in it as it
+comes, and the folder gets its name when all of it is on the disk.
 
 Shapes and dtypes: weights of linear layers inside blocks (N, K) become NF4Tensor; all else keeps its shape.
 Cost: peak memory is the quantized model plus the largest tensor; time is about that of reading the files and
 15 passes over each weight.
 
 Paper: none. Format: safetensors, and Hugging Face's `model.safetensors.index.json` for a model in several
-files ("shards").
+files ("shards"); bitsandbytes' parts of a 4-bit weight.
 
 Before: model. Next: adapter.
 """
 
+import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import re
+import secrets
+import shutil
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +46,53 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minqlora.architecture import read_architecture
+from minqlora.architecture import both_spellings, read_architecture, read_config
 from minqlora.codebook import shared
 from minqlora.model import CausalLM
 from minqlora.nf4 import SHARED_PARTS, Format, NF4Tensor
 
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
 # What old exporters left in the files and no model reads.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+_EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
+
+# What safetensors calls the dtypes of tensors, in the order in which it sorts a file, last first.
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+}
+_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are to be quantized: what `NF4Tensor.from_float` is told."""
+
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    block_size: int = 64
+
+    def __call__(self, weight: Tensor) -> NF4Tensor:
+        """Return the weight quantized."""
+        return NF4Tensor.from_float(
+            weight, quant_type=self.quant_type, block_size=self.block_size, double_quant=self.double_quant
+        )
+
+
+# ---- loading -----------------------------------------------------------------------------------------------
 
 
 def load_model(
@@ -51,52 +104,193 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
+    quantize_embeddings: bool = False,
+    cache: Path | str | None = None,
 ) -> CausalLM:
-    """Load a Hugging Face checkpoint folder, quantizing the linear layers of its blocks as they arrive.
+    """Load a Hugging Face checkpoint, quantizing the linear layers of its blocks as they arrive.
 
+    folder: of the checkpoint, or a name such as `org/model` that the local Hugging Face cache has.
     quant_type, double_quant, block_size: as in `NF4Tensor.from_float`; a quant_type of None is no
     quantization, and linear layers are then in the compute dtype. device: where the model goes; None is the
     CPU. dtype: the compute dtype; None asks `default_dtype`. progress: called after each tensor with the
-    bytes read so far and in all.
+    bytes read so far and in all. quantize_embeddings: embeddings and head in 4 bits too. cache: a folder that
+    keeps the quantized weights, so that the next load of the same files with the same settings reads 4 bits.
+
+    A folder in 4 bits comes as it is: its weights keep their own levels and block sizes, whatever is asked
+    for here, and layers that it has in 16 bits stay there. To ask for no quantization is then an error.
 
     Returns the model in eval mode with every parameter frozen. Raises ValueError, naming file and key, for a
-    folder that is incomplete, damaged or not understood.
+    folder that is incomplete, damaged or not understood, and for a model that does not fit.
     """
     device = torch.device(device or "cpu")
     dtype = dtype or default_dtype(device)
-    arch = read_architecture(folder)
-    with torch.device("meta"):
-        model = CausalLM(arch, compute_dtype=dtype)
-    model.requires_grad_(False).eval()
-    shards = find_tensors(Path(folder))
-    wanted = dict(model.named_parameters())  # tied parameters are listed once, under the embedding's name
-    _require_same_names(Path(folder), wanted, shards, tied_head=arch.tie_embeddings)
-    modules = model.model.named_modules(prefix="model")
-    linear_weights = {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)}
-    embeddings = ("model.embed_tokens.weight", "lm_head.weight")
-    total = sum(path.stat().st_size for path in set(shards.values()))
-    read = 0
-    for path in sorted(set(shards.values())):
-        with open_safetensors(path) as file:
-            for name in sorted(name for name in wanted if shards[name] == path):
-                tensor = _read_tensor(file, path, name, wanted[name].shape)
-                read += tensor.nbytes
-                tensor = tensor.to(device)
-                if name in linear_weights and quant_type is not None:
-                    try:
-                        tensor = NF4Tensor.from_float(
-                            tensor, quant_type=quant_type, block_size=block_size, double_quant=double_quant
-                        )
-                    except ValueError as error:
-                        raise ValueError(f"{path}: {name}: {error}") from None
-                elif name not in embeddings:
-                    tensor = tensor.to(dtype)
-                _replace_parameter(model, name, nn.Parameter(tensor, requires_grad=False))
-                if progress is not None:
-                    progress(read, total)
-    if arch.tie_embeddings:
+    model, checkpoint = open_model(folder, dtype)
+    if quant_type is None and checkpoint.has_quantized:
+        raise ValueError(
+            f"{checkpoint.folder}: is in 4 bits; load it so (--bits 4), or give the model it was made from"
+        )
+    quantization = quant_type and Quantization(quant_type, double_quant, block_size)
+    loading = _Loading(model, dtype, device, quantization or None, quantize_embeddings, progress)
+    loading.require_memory(checkpoint)
+    if cache is None or checkpoint.has_quantized:
+        loading.fill(checkpoint)
+    else:
+        loading.fill_through_cache(checkpoint, Path(cache))
+    if model.arch.tie_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+def open_model(folder: Path | str, dtype: torch.dtype = torch.float32) -> tuple[CausalLM, "Checkpoint"]:
+    """Return a model without memory, frozen and in eval mode, and the checkpoint that has a tensor for each
+    of its parameters and no other. Nothing but headers is read.
+
+    dtype: the compute dtype. Raises as `load_model` does.
+    """
+    folder = find_model(folder)
+    arch = read_architecture(folder)
+    _require_understood_quantization(folder)
+    checkpoint = Checkpoint(folder)
+    n_mlps = sum(1 if layer.experts is None else layer.experts.count for layer in arch.layers)
+    if n_mlps > len(checkpoint.names):  # said before millions of modules are made in vain
+        n_tensors = len(checkpoint.names)
+        raise ValueError(
+            f"{folder}: config.json asks for {n_mlps:,} MLPs, the files hold {n_tensors:,} tensors"
+        )
+    try:
+        with torch.device("meta"):
+            model = CausalLM(arch, compute_dtype=dtype)
+    except RuntimeError as error:
+        problem = _one_line(error)
+        raise ValueError(f"{folder / 'config.json'}: sizes that no tensor can have ({problem})") from None
+    _require_fitting(checkpoint, model)
+    return model.requires_grad_(False).eval(), checkpoint
+
+
+def linear_weights(model: CausalLM) -> list[str]:
+    """Return the names of the weights that are quantized: those of the linear layers inside blocks."""
+    modules = model.model.named_modules(prefix="model")
+    return [f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)]
+
+
+def replace_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a frozen tensor in the place of a module's parameter, whatever that was."""
+    parent, _, child = name.rpartition(".")
+    setattr(module.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))
+
+
+class _Loading:
+    """One model on its way from files to a device."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        dtype: torch.dtype,
+        device: torch.device,
+        quantization: Quantization | None,
+        quantize_embeddings: bool,
+        progress: Callable[[int, int], None] | None,
+    ):
+        if quantize_embeddings and quantization is None:
+            raise ValueError("embeddings are quantized as linear layers are: give a quant_type as well")
+        self.model, self.dtype, self.device, self.progress = model, dtype, device, progress
+        self.names = list(dict(model.named_parameters()))  # tied ones once, under the embedding's name
+        self.linear = set(linear_weights(model))
+        self.quantization, self.quantize_embeddings = quantization, quantize_embeddings
+
+    def is_to_quantize(self, checkpoint: "Checkpoint", name: str) -> bool:
+        """Say whether a weight is in 16 bits there and has to be in 4 here."""
+        if self.quantization is None or checkpoint.is_quantized(name):
+            return False
+        if name in _EMBEDDINGS:
+            return self.quantize_embeddings
+        return name in self.linear and not checkpoint.has_quantized
+
+    def fill(self, checkpoint: "Checkpoint") -> None:
+        """Read every tensor, quantize it or cast it, and put it in its place."""
+        total, read = sum(map(checkpoint.nbytes, self.names)), 0
+        for name in checkpoint.in_file_order(self.names):
+            read += checkpoint.nbytes(name)
+            replace_parameter(self.model, name, self._converted(checkpoint, name))
+            if self.progress is not None:
+                self.progress(read, total)
+
+    def _converted(self, checkpoint: "Checkpoint", name: str) -> Tensor:
+        tensor = checkpoint.read(name).to(self.device)
+        if self.is_to_quantize(checkpoint, name):
+            assert self.quantization is not None
+            tensor = self.quantization(tensor)
+        # In a linear layer the dtype of an NF4Tensor tells what it was made from, and its product is in the
+        # dtype of what it meets. The head's product is only where both are equal; a look-up gives the dtype.
+        if (name in _EMBEDDINGS) == isinstance(tensor, NF4Tensor):
+            return tensor.to(self.dtype)
+        return tensor
+
+    def require_memory(self, checkpoint: "Checkpoint") -> None:
+        """Raise ValueError with the plan if the device has not the memory that the model will take."""
+        held = {"4-bit weights": 0, "embeddings and head": 0, "the rest": 0}
+        passing = 0  # the largest tensor that is held beside what becomes of it
+        for name in self.names:
+            size = checkpoint.nbytes(name)
+            if self.is_to_quantize(checkpoint, name):
+                assert self.quantization is not None
+                passing = max(passing, size)
+                size = _quantized_bytes(checkpoint.shape(name), self.quantization)
+            elif not checkpoint.is_quantized(name) and name not in _EMBEDDINGS:
+                size = math.prod(checkpoint.shape(name)) * self.dtype.itemsize
+            in_4_bits = checkpoint.is_quantized(name) or self.is_to_quantize(checkpoint, name)
+            kind = "4-bit weights" if in_4_bits and name in self.linear else "the rest"
+            held["embeddings and head" if name in _EMBEDDINGS else kind] += size
+        held["a tensor on its way"] = passing
+        free, total = free_memory(self.device), sum(held.values())
+        if free is not None and total > free:
+            plan = " + ".join(f"{size / 1e9:.2f} GB {what}" for what, size in held.items() if size)
+            advice = "4 bits take a quarter (--bits 4)" if self.quantization is None else "take a smaller one"
+            if held["embeddings and head"] > total / 4 and self.quantization and not self.quantize_embeddings:
+                advice = "--quantize_embeddings saves most of the embeddings"
+            raise ValueError(
+                f"{checkpoint.folder}: does not fit {self.device}: {plan} = {total / 1e9:.2f} GB, but "
+                f"{free / 1e9:.2f} GB are free; {advice}, or choose another device"
+            )
+
+    def fill_through_cache(self, source: "Checkpoint", cache: Path) -> None:
+        """As `fill`, from the 4-bit copy in the cache; made first, after loading, if it is not there."""
+        if self.quantization is None or self.quantization.quant_type not in SAVED_QUANT_TYPES:
+            raise ValueError(f"the cache keeps {' and '.join(SAVED_QUANT_TYPES)} weights, and nothing else")
+        entry = cache / self._cache_key(source)
+        if entry.exists():
+            try:
+                kept = Checkpoint(entry)
+                _require_fitting(kept, self.model)
+                self.fill(kept)
+                return
+            except ValueError as error:
+                warnings.warn(f"damaged cache entry dropped and made anew: {error}", stacklevel=3)
+                shutil.rmtree(entry)
+        quantized = {name for name in self.names if self.is_to_quantize(source, name)}
+        self.fill(source)
+
+        def as_in_source() -> Iterator[tuple[str, Tensor]]:
+            # In the model some have the compute dtype instead. What is not quantized is read again.
+            for name in self.names:
+                held = self.model.get_parameter(name).detach()
+                yield name, held.to(source.dtype(name)) if name in quantized else source.read(name)
+
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            plan = quantized_plan(source, self.names, quantized, self.quantization)
+            write_checkpoint(entry, plan, flat_tensors(as_in_source()))
+        except (OSError, ValueError) as error:
+            if not entry.exists():  # another process came first, and its copy is as good
+                warnings.warn(f"the 4-bit copy could not be kept: {error}", stacklevel=3)
+
+    def _cache_key(self, source: "Checkpoint") -> str:
+        # Whatever changes a bit of the copy changes its name.
+        files = [source.folder / "config.json", *source.files]
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        facts = [1, str(source.folder.resolve()), stats, repr(self.quantization), self.quantize_embeddings]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return f"{source.folder.resolve().name}-{digest[:16]}"
 
 
 def default_dtype(device: torch.device | str) -> torch.dtype:
@@ -127,42 +321,273 @@ def quantized_size(model: nn.Module) -> tuple[int, int]:
     return count, sum(tensor.nbytes for tensor in quantized) + sum(shared.values())
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes that can still be taken on a device, None where nobody says."""
+    if device.type == "cpu":
+        return min(_free_host_memory(Path("/")), default=None)
+    module: Any = getattr(torch, device.type, None)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    # What torch's allocator holds without using it is free to us.
+    free, _total = module.mem_get_info(device)
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
+
+
+def _free_host_memory(root: Path) -> Iterator[int]:
+    # What Linux says the machine has left, and what each control group around this process has.
+    try:
+        table = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
+        yield int(table["MemAvailable"].split()[0]) * 1024
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
+    except (OSError, KeyError):
+        return
+    for line in groups:
+        _number, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        limit, used, reclaimable = names if controllers else ("memory.max", "memory.current", "inactive_file")
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            try:
+                pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                taken = int((folder / used).read_text()) - int(pages[reclaimable])  # cached files make way
+                yield max(int((folder / limit).read_text()) - taken, 0)
+            except (OSError, ValueError, KeyError):  # no limit is the word "max", and a root has no files
+                continue
+
+
+# ---- finding -----------------------------------------------------------------------------------------------
+
+
+def find_model(name_or_path: Path | str) -> Path:
+    """Return the folder of a model: the path itself, or for a name such as `org/model` the snapshot that the
+    local Hugging Face cache has of it.
+
+    Raises ValueError with the command that downloads it if there is neither.
+    """
+    folder, name = Path(name_or_path), str(name_or_path)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ValueError(f"no such model folder: {name}")
+    cache = _hub_cache()
+    model = cache / f"models--{name.replace('/', '--')}"
+    try:
+        commit = (model / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        commit = ""
+    snapshot = model / "snapshots" / commit
+    if re.fullmatch(r"[0-9a-f]+", commit) and snapshot.is_dir():
+        return snapshot
+    raise ValueError(
+        f"no such model folder: {name}; nor is it in the local Hugging Face cache, {cache}; if it is a name "
+        f"on the hub, download it with `hf download {name}`"
+    )
+
+
+def _hub_cache() -> Path:
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).expanduser()
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(home).expanduser() / "hub"
+
+
+def _no_safetensors(folder: Path) -> str:
+    # What is to be said of a folder without weights that can be read.
+    lacks = f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}"
+    if any(folder.glob("pytorch_model*.bin")):
+        return (
+            f"{lacks}, only pytorch_model*.bin, which are pickles: reading one can run any code. Convert it "
+            'where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+            "M.from_pretrained('IN', dtype='auto').save_pretrained('OUT')\""
+        )
+    if any(folder.glob("*.gguf")):
+        return f"{lacks}, only a GGUF file, made for llama.cpp; get the model's Hugging Face folder"
+    if any(folder.glob("consolidated.*")):
+        return f"{lacks}, only consolidated.* in its maker's own layout; get the model's Hugging Face folder"
+    return lacks
+
+
+def _require_understood_quantization(folder: Path) -> None:
+    quantization = read_config(folder).get("quantization_config")
+    if quantization is None:
+        return
+    facts = quantization if isinstance(quantization, dict) else {}
+    in_4_bits = facts.get("load_in_4bit") or facts.get("_load_in_4bit")
+    method = facts.get("quant_method", "bitsandbytes" if in_4_bits else quantization)
+    in_8_bits = facts.get("load_in_8bit") or facts.get("_load_in_8bit")
+    if method != "bitsandbytes" or in_8_bits:
+        raise ValueError(
+            f"{folder / 'config.json'}: the weights are quantized by {'8-bit ' * bool(in_8_bits)}"
+            f"{_one_line(method):.60}, which is not supported; give the 16-bit model that they were made "
+            "from, or a 4-bit one of bitsandbytes"
+        )
+
+
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def find_tensors(folder: Path) -> dict[str, Path]:
-    """Return the file that holds each tensor of a checkpoint folder, from the index or from the single file's
-    header.
+class Checkpoint:
+    """The tensors of a checkpoint folder, to be read one at a time, by position: nothing is memory-mapped,
+    because mapped pages would count as this process's memory.
 
-    Raises ValueError if there is no safetensors file, or the index is broken, names a file outside the
-    folder, or one missing.
+    names: of all tensors, sorted; the parts of a 4-bit weight are one, under the weight's name. files: the
+    safetensors files. has_quantized: whether any weight is in 4 bits. Raises ValueError, naming the file, if
+    there is no safetensors file, one is damaged or missing, or the index does not say what the files hold.
     """
-    index_path = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self._shards = _open_shards(self.folder)
+        self._where = {key: path for path, file in self._shards.items() for key in file.keys()}  # noqa: SIM118
+        self._states: dict[str, str] = {}  # of each 4-bit weight the key of its quantization state
+        for key in filter(lambda key: _STATE in key, sorted(self._where)):
+            name = key.partition(_STATE)[0]
+            if name in self._states:
+                raise ValueError(f"{self._where[key]}: {key}: a second quantization state of {name}")
+            self._states[name] = key
+        parts = {key for name in self._states for key in self._keys(name)} - set(self._states)
+        self.names = sorted((self._where.keys() | self._states.keys()) - parts)
+        self.files = sorted(self._shards)
+        self.has_quantized = bool(self._states)
+        self._formats: dict[str, tuple[Format, torch.dtype, float | None]] = {}
+
+    def path(self, name: str) -> Path:
+        """Return the file that holds a tensor, of a 4-bit weight its quantization state."""
+        return self._where[self._states.get(name, name)]
+
+    def is_quantized(self, name: str) -> bool:
+        """Say whether a weight is in 4 bits."""
+        return name in self._states
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, of a 4-bit weight that of the matrix it stands for."""
+        if self.is_quantized(name):
+            return self._format(name)[0].shape
+        return self._header(name)[1]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor, of a 4-bit weight the one it had before."""
+        return self._format(name)[1] if self.is_quantized(name) else self._header(name)[0]
+
+    def nbytes(self, name: str) -> int:
+        """Return the bytes that a tensor takes in the files, all parts together."""
+        headers = [self._header(key) for key in self._keys(name)]
+        return sum(math.prod(shape) * dtype.itemsize for dtype, shape in headers)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor on the CPU, in the dtype of the file; a 4-bit weight as an NF4Tensor.
+
+        Raises ValueError, naming file and tensor, for a dtype that no weight has, for NaN and infinity, and
+        for parts of a 4-bit weight that are missing or do not fit together.
+        """
+        if self.is_quantized(name):
+            tensors = {key: self._read(key) for key in self._keys(name)}
+            try:
+                return _unflatten(name, self._states[name].partition(_STATE)[2], tensors)
+            except ValueError as error:
+                raise ValueError(f"{self.path(name)}: {error}") from None
+        dtype = self._header(name)[0]
+        if dtype not in _WEIGHT_DTYPES:
+            raise ValueError(f"{self.path(name)}: {name} is {dtype}; expected float32, float16 or bfloat16")
+        tensor = self._read(name)
+        _require_finite(tensor, f"{self.path(name)}: {name}")
+        return tensor
+
+    def in_file_order(self, names: Iterable[str]) -> list[str]:
+        """Return the names so that each file is read once, from its beginning."""
+        return sorted(names, key=lambda name: (self.path(name), name))
+
+    def _keys(self, name: str) -> list[str]:
+        # The tensors in the files that make up one.
+        if name not in self._states:
+            return [name]
+        suffixes = ("", *sorted({f".{suffix}" for suffix in _PART_NAMES.values()}))
+        return [self._states[name], *(name + suffix for suffix in suffixes if name + suffix in self._where)]
+
+    def _header(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        part = self._shards[self._where[key]].get_slice(key)
+        if part.get_dtype() not in _DTYPES:
+            raise ValueError(f"{self._where[key]}: {key} is {part.get_dtype()}, which no model here has")
+        return _DTYPES[part.get_dtype()], tuple(part.get_shape())
+
+    def _format(self, name: str) -> tuple[Format, torch.dtype, float | None]:
+        key = self._states[name]
+        if name not in self._formats:
+            try:
+                self._formats[name] = _parse_state(key, self._read(key))
+            except ValueError as error:
+                raise ValueError(f"{self._where[key]}: {error}") from None
+        return self._formats[name]
+
+    def _read(self, key: str) -> Tensor:
+        path = self._where[key]
+        try:
+            return self._shards[path].get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: {key} cannot be read ({_one_line(error)})") from None
+
+
+def _open_shards(folder: Path) -> dict[Path, Any]:
+    # Every file of a checkpoint, opened, each tensor in one of them.
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    shards: dict[Path, set[str] | None]
     if single.exists():
-        with open_safetensors(single) as file:
-            return dict.fromkeys(file.keys(), single)
-    if not index_path.exists():
-        raise ValueError(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json")
+        shards = {single: None}
+    elif index.exists():
+        shards = dict(_read_index(index))
+    else:
+        raise ValueError(_no_safetensors(folder))
+    files = {}
+    for path, listed in shards.items():
+        files[path] = open_safetensors(path)
+        held = set(files[path].keys())
+        odd = sorted(key for key in held if not key.isprintable())
+        if odd:
+            raise ValueError(f"{path}: {odd[0]!a:.80} is no name of a tensor")
+        if listed is None:
+            continue
+        for key in sorted(listed - held):
+            raise ValueError(f"{path}: tensor {key} not found, but {INDEX_FILE} says it is here")
+        for key in sorted(held - listed):
+            raise ValueError(f"{path}: holds {key}, but {INDEX_FILE} does not say so; download it again")
+    return files
+
+
+def _read_index(path: Path) -> dict[Path, set[str]]:
+    # The shards, and which tensors each is said to hold. They are in the folder: links may lead out of it, as
+    # in the Hugging Face cache, names may not.
     try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        shards = {name: folder / shard for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index_path}: not an index of shards ({type(error).__name__}: {error})") from None
-    held: dict[Path, set[str]] = {}
-    for path in sorted(set(shards.values())):
-        if path.parent != folder or path.name in ("", ".", ".."):
-            raise ValueError(f"{index_path}: names a shard outside the folder: {path}")
-        if not path.is_file():
+        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_repeats)
+        pairs = [(str(name), str(shard)) for name, shard in weight_map["weight_map"].items()]
+        if not all(isinstance(shard, str) for shard in weight_map["weight_map"].values()):
+            raise TypeError("a shard is no text")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not an index of shards ({type(error).__name__}: {_one_line(error)})"
+        ) from None
+    shards: dict[Path, set[str]] = {}
+    for name, shard in pairs:
+        if not name.isprintable() or not shard.isprintable():
+            raise ValueError(f"{path}: {name!a:.80} in {shard!a:.80} is no tensor in a file")
+        if not re.fullmatch(r"[^/\\:]+", shard) or shard in (".", ".."):
+            raise ValueError(f"{path}: names a shard outside the folder: {shard}")
+        shards.setdefault(path.with_name(shard), set()).add(name)
+    for shard_path in shards:
+        if not os.path.isfile(shard_path):  # which says no, and raises nothing, for a name that none can have
             raise ValueError(
-                f"{path}: shard not found, but {index_path.name} names it; download the folder again"
+                f"{shard_path}: shard not found, but {path.name} names it; download the folder again"
             )
-        with open_safetensors(path) as file:
-            held[path] = set(file.keys())
-    for name, path in shards.items():
-        if name not in held[path]:
-            raise ValueError(f"{path}: tensor {name} not found, but {index_path.name} says it is here")
     return shards
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return dict(pairs)
 
 
 def open_safetensors(path: Path):
@@ -175,38 +600,47 @@ def open_safetensors(path: Path):
         return safe_open(path, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
         size = path.stat().st_size if path.exists() else 0
-        raise ValueError(f"{path}: damaged or cut off ({size:,} bytes; {error}); download it again") from None
+        problem = _one_line(error)
+        raise ValueError(
+            f"{path}: damaged or cut off ({size:,} bytes; {problem}); download it again"
+        ) from None
 
 
-def _read_tensor(file, path: Path, name: str, shape: torch.Size) -> Tensor:
-    found = tuple(file.get_slice(name).get_shape())
-    if found != tuple(shape):
-        raise ValueError(f"{path}: {name} has shape {found}, but config.json asks for {tuple(shape)}")
-    tensor = file.get_tensor(name)
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{path}: {name} is {tensor.dtype}; expected float32, float16 or bfloat16")
-    return tensor
+def _one_line(value: object) -> str:
+    # What came out of a file may hold anything, ends of lines too.
+    return " ".join("".join(c if c.isprintable() else " " for c in str(value)).split())[:300]
 
 
-def _require_same_names(folder: Path, wanted: dict, shards: dict[str, Path], tied_head: bool) -> None:
-    missing = sorted(set(wanted) - set(shards))
+def _require_fitting(checkpoint: Checkpoint, model: CausalLM) -> None:
+    # Every tensor that the model has, in its shape, and none besides.
+    folder, wanted = checkpoint.folder, dict(model.named_parameters())
+    missing = sorted(set(wanted) - set(checkpoint.names))
     if missing:
         raise ValueError(
             f"{folder}: {len(missing)} of {len(wanted)} tensors missing, the first is {missing[0]}"
         )
-    ignored = {name for name in shards if name.endswith(_IGNORED_SUFFIXES)}
-    if tied_head:
+    ignored = {name for name in checkpoint.names if name.endswith(_IGNORED_SUFFIXES)}
+    if model.arch.tie_embeddings:
         ignored.add("lm_head.weight")
-    left_over = sorted(set(shards) - set(wanted) - ignored)
+    left_over = sorted(set(checkpoint.names) - set(wanted) - ignored)
     if left_over:
         raise ValueError(
             f"{folder}: {len(left_over)} tensors have no place in this model, the first is {left_over[0]}"
         )
+    for name, parameter in wanted.items():
+        found = checkpoint.shape(name)
+        if found != tuple(parameter.shape):
+            raise ValueError(
+                f"{checkpoint.path(name)}: {name} has shape {found}, but config.json asks for "
+                f"{tuple(parameter.shape)}"
+            )
 
 
-def _replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, parameter)
+def _require_finite(tensor: Tensor, name: str) -> None:
+    # The extremes are found without a copy, and are NaN where any number is.
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        first = (~tensor.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{name}: holds {tensor[tuple(first)].item()} (first at index {tuple(first)})")
 
 
 # ---- 4-bit weights as plain tensors ------------------------------------------------------------------------
@@ -214,7 +648,7 @@ def _replace_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> 
 SAVED_QUANT_TYPES = ("nf4", "fp4")  # those that bitsandbytes' format has
 _STATE = ".quant_state.bitsandbytes__"
 
-# What the format calls the parts of an NF4Tensor, and their dtypes. Packed codes have the weight's own name.
+# What the format calls the parts of an NF4Tensor. Packed codes have the weight's own name.
 _PART_NAMES = {
     "codebook": "quant_map",
     "absmax": "absmax",
@@ -224,15 +658,17 @@ _PART_NAMES = {
 }
 
 
-def flatten_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def flatten_state_dict(state_dict: Mapping[str, Tensor], *, pad: bool = False) -> dict[str, Tensor]:
     """Return a state dict with every NF4Tensor laid out as plain tensors, in bitsandbytes' format, so that
     safetensors can write it and bitsandbytes' users can read it.
 
     `name` becomes `name` (packed, (n / 2, 1) uint8), `name.absmax`, `name.quant_map`, with double
     quantization `name.nested_absmax` and `name.nested_quant_map`, and
-    `name.quant_state.bitsandbytes__nf4`, which is JSON in uint8: shape, dtype, block sizes, offset. Raises
-    ValueError for what the format has no place for: other levels than NF4 and FP4, and a part of a larger
-    tensor that begins within a nested block.
+    `name.quant_state.bitsandbytes__nf4`, which is JSON in uint8: shape, dtype, block sizes, offset. pad: that
+    JSON is as long for one offset as for another.
+
+    Raises ValueError for what the format has no place for: other levels than NF4 and FP4, and a part of a
+    larger tensor that begins within a nested block.
     """
     flat: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
@@ -249,18 +685,26 @@ def flatten_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if part in tensor.parts:  # a codebook that all tensors share is written once for each
                 shared_by_all = part in SHARED_PARTS
                 flat[f"{name}.{suffix}"] = tensor.parts[part].clone() if shared_by_all else tensor.parts[part]
-        state: dict[str, Any] = {
-            "quant_type": format.quant_type,
-            "blocksize": format.block_size,
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(format.shape),
-        }
-        if tensor.offset is not None:
-            state |= {"nested_blocksize": format.nested_block_size, "nested_dtype": "float32"}
-            state["nested_offset"] = tensor.offset.item()
-        text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-        flat[f"{name}{_STATE}{format.quant_type}"] = text
+        offset = None if tensor.offset is None else tensor.offset.item()
+        text = _state_text(format, tensor.dtype, offset, pad)
+        flat[f"{name}{_STATE}{format.quant_type}"] = torch.tensor(list(text), dtype=torch.uint8)
     return flat
+
+
+def _state_text(format: Format, dtype: torch.dtype, offset: float | None, pad: bool) -> bytes:
+    # The JSON of a quantization state, as bitsandbytes spells it; an offset says double quantization. Padded,
+    # it has blanks at its end where a longer offset would have digits.
+    state: dict[str, Any] = {
+        "quant_type": format.quant_type,
+        "blocksize": format.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(format.shape),
+    }
+    if offset is not None:
+        state |= {"nested_blocksize": format.nested_block_size, "nested_dtype": "float32"}
+        state["nested_offset"] = offset
+    text = json.dumps(state)
+    return (text.ljust(len(text) - len(repr(offset)) + 24) if pad and offset is not None else text).encode()
 
 
 def unflatten_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -285,37 +729,9 @@ def unflatten_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _unflatten(name: str, quant_type: str, tensors: Mapping[str, Tensor]) -> NF4Tensor:
     key = f"{name}{_STATE}{quant_type}"
-    try:
-        state = json.loads(bytes(tensors[key].tolist()))
-        n_rows, n_columns = (int(size) for size in state["shape"])
-        dtype = getattr(torch, state["dtype"])
-        format = Format((n_rows, n_columns), int(state["blocksize"]), quant_type=quant_type)
-        if "nested_blocksize" in state:
-            format = replace(format, nested_block_size=int(state["nested_blocksize"]))
-            offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32)
-        sound = (
-            dtype.is_floating_point
-            and min(*format.shape, format.block_size, format.nested_block_size) > 0
-            and format.block_size % 2 == 0
-            and ("nested_blocksize" not in state or bool(offset.isfinite()))
-            and state.get("quant_type") == quant_type
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{key}: not a quantization state ({type(error).__name__}: {error})") from None
-    if not sound or quant_type not in SAVED_QUANT_TYPES:
-        raise ValueError(f"{key}: not a quantization state ({state})")
-    nested = "nested_blocksize" in state
-    wanted = {  # part: dtype, numbers
-        "packed": (torch.uint8, -(-n_rows * n_columns // 2)),
-        "codebook": (torch.float32, 16),
-    }
-    if nested:
-        wanted |= {"absmax_codes": (torch.uint8, format.n_blocks), "nested_codebook": (torch.float32, 256)}
-        wanted["nested_absmax"] = (torch.float32, format.n_nested_blocks)
-    else:
-        wanted["absmax"] = (torch.float32, format.n_blocks)
+    format, dtype, offset = _parse_state(key, tensors[key])
     parts = {}
-    for part, (part_dtype, count) in wanted.items():
+    for part, (part_dtype, count) in _parts_of(format, nested=offset is not None).items():
         part_key = name if part == "packed" else f"{name}.{_PART_NAMES[part]}"
         if part_key not in tensors:
             raise ValueError(f"{part_key}: missing, but {key} asks for it")
@@ -325,13 +741,274 @@ def _unflatten(name: str, quant_type: str, tensors: Mapping[str, Tensor]) -> NF4
         if tensor.dtype != part_dtype or tensor.numel() != count:
             found = f"{tensor.numel()} of {tensor.dtype}"
             raise ValueError(f"{part_key}: expected {count} numbers of {part_dtype}, got {found}")
+        if part_dtype.is_floating_point:
+            _require_finite(tensor, part_key)
         parts[part] = shared(tensor, tensor.device) if part in SHARED_PARTS else tensor
-    if nested:
-        parts["offset"] = offset.to(parts["packed"].device)
+    if offset is not None:
+        parts["offset"] = torch.tensor(offset, dtype=torch.float32, device=parts["packed"].device)
     return NF4Tensor(parts, dtype, format)
 
 
+def _parse_state(key: str, text: Tensor) -> tuple[Format, torch.dtype, float | None]:
+    # Format, dtype before quantization, and offset, None without double quantization.
+    quant_type = key.partition(_STATE)[2]
+    try:
+        state = json.loads(bytes(text.tolist()))
+        n_rows, n_columns = state["shape"]
+        format = Format((n_rows, n_columns), state["blocksize"], quant_type=quant_type)
+        if "nested_blocksize" in state:
+            format = replace(format, nested_block_size=state["nested_blocksize"])
+        numbers = [*format.shape, format.block_size, format.nested_block_size]
+        dtype = {str(dtype): dtype for dtype in _WEIGHT_DTYPES}[f"torch.{state['dtype']}"]
+        offset = float(state["nested_offset"]) if "nested_blocksize" in state else None
+        sound = (
+            all(type(number) is int and 0 < number < 2**31 for number in numbers)
+            and format.block_size % 2 == 0
+            and (offset is None or abs(offset) <= torch.finfo(torch.float32).max)
+            and state.get("quant_type") == quant_type
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{key}: not a quantization state ({type(error).__name__}: {_one_line(error)})"
+        ) from None
+    if not sound or quant_type not in SAVED_QUANT_TYPES:
+        raise ValueError(f"{key}: not a quantization state ({state!a:.300})")
+    return format, dtype, offset
+
+
+def _parts_of(format: Format, nested: bool) -> dict[str, tuple[torch.dtype, int]]:
+    # The dtype of each part of a weight in this format, and how many numbers it has.
+    parts = {
+        "packed": (torch.uint8, -(-math.prod(format.shape) // 2)),
+        "codebook": (torch.float32, 16),
+    }
+    if not nested:
+        return parts | {"absmax": (torch.float32, format.n_blocks)}
+    return parts | {
+        "absmax_codes": (torch.uint8, format.n_blocks),
+        "nested_codebook": (torch.float32, 256),
+        "nested_absmax": (torch.float32, format.n_nested_blocks),
+    }
+
+
+def _quantized_bytes(shape: tuple[int, ...], quantization: Quantization) -> int:
+    # What a weight takes in memory, codebooks aside.
+    parts = _parts_of(_format_of(shape, quantization), quantization.double_quant)
+    sizes = [count * dtype.itemsize for part, (dtype, count) in parts.items() if part not in SHARED_PARTS]
+    return sum(sizes) + (4 if quantization.double_quant else 0)  # the offset
+
+
+def _format_of(shape: tuple[int, ...], quantization: Quantization) -> Format:
+    n_rows, n_columns = shape
+    return Format((n_rows, n_columns), quantization.block_size, quant_type=quantization.quant_type)
+
+
 # ---- writing -----------------------------------------------------------------------------------------------
+
+Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of each tensor dtype and shape
+
+# What goes with the weights into a folder made from another: whatever tells how to use them.
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def write_checkpoint(
+    folder: Path | str,
+    plan: Plan,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    files: Mapping[str, bytes] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a checkpoint folder, one tensor in memory at a time; it exists whole or not at all.
+
+    folder: new or empty. plan: what will come. tensors: in any order, each as planned. files: what else goes
+    into the folder, by name. max_shard_bytes: a larger checkpoint is cut into several files, in the order of
+    the plan; `name.part` stays with `name`. progress: called after each tensor with the bytes written so far
+    and in all.
+
+    Raises ValueError, before anything is written, for a folder that holds something and for a disk without
+    room, and OSError for what happens to the disk later; nothing is then left behind.
+    """
+    folder = Path(os.path.realpath(folder))
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: exists and is not an empty folder; choose another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    total, free = sum(map(_bytes_of, plan.values())), shutil.disk_usage(folder.parent).free
+    if total > free:
+        raise ValueError(
+            f"{folder}: needs {total / 1e9:.2f} GB on the disk, but {free / 1e9:.2f} GB are free"
+        )
+    partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()
+    try:
+        _write_shards(partial, _shards_of(plan, max_shard_bytes), tensors, total, progress)
+        for name, content in (files or {}).items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            write_atomically(partial / name, content)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(partial, folder)
+        fsync_folder(folder.parent)
+    except OSError as error:
+        problem = f"{error.strerror or error}; nothing was left behind"
+        raise OSError(error.errno, problem, str(folder)) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _bytes_of(planned: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    return math.prod(planned[1]) * planned[0].itemsize
+
+
+def _shards_of(plan: Plan, max_bytes: int) -> list[Plan]:
+    # The plan cut where a file would grow too large, never inside a weight of several parts: readers want
+    # them together.
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    weights: dict[str, list[str]] = {}
+    whole = ""
+    for key in plan:
+        whole = whole if whole and key.startswith(f"{whole}.") else key
+        weights.setdefault(whole, []).append(key)
+    size = 0
+    for keys in weights.values():
+        needed = sum(_bytes_of(plan[key]) for key in keys)
+        if shards[-1] and size + needed > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1] |= {key: plan[key] for key in keys}
+        size += needed
+    return list(shards)
+
+
+def _write_shards(
+    folder: Path,
+    shards: list[Plan],
+    tensors: Iterable[tuple[str, Tensor]],
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    n = len(shards)
+    names = [SINGLE_FILE] if n == 1 else [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+    places: dict[str, tuple[Path, int]] = {}  # of each tensor its file, and where it begins there
+    for name, shard in zip(names, shards, strict=True):
+        header, starts = _header(shard)
+        (folder / name).write_bytes(header)
+        places |= {key: (folder / name, start) for key, start in starts.items()}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {key: path.name for key, (path, _) in sorted(places.items())},
+    }
+    planned = {key: facts for shard in shards for key, facts in shard.items()}
+    written = 0
+    for key, tensor in tensors:
+        came = (tensor.dtype, tuple(tensor.shape))
+        assert planned.pop(key, None) == came, f"{key}: {came} is not what was planned"
+        path, start = places[key]
+        with open(path, "r+b") as file:
+            file.seek(start)
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        written += tensor.nbytes
+        if progress is not None:
+            progress(written, total)
+    assert not planned, f"planned, and never came: {', '.join(planned)}"
+    for name in names:
+        with open(folder / name, "r+b") as file:
+            os.fsync(file.fileno())
+    if n > 1:
+        write_atomically(folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
+    fsync_folder(folder)
+
+
+def _header(shard: Plan) -> tuple[bytes, dict[str, int]]:
+    # What a safetensors file begins with, and where in it each tensor does. Wide numbers come first, so that
+    # all are aligned.
+    order = {dtype: i for i, dtype in enumerate(_DTYPES.values())}
+    names = dict(zip(_DTYPES.values(), _DTYPES, strict=True))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (dtype, shape) in sorted(shard.items(), key=lambda item: (-order[item[1][0]], item[0])):
+        start, end = end, end + _bytes_of((dtype, shape))
+        header[key] = {"dtype": names[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    starts = {key: 8 + len(text) + header[key]["data_offsets"][0] for key in shard}
+    return struct.pack("<Q", len(text)) + text, starts
+
+
+def quantized_plan(
+    source: Checkpoint, names: Iterable[str], quantized: set[str], quantization: Quantization
+) -> Plan:
+    """Return the plan for `write_checkpoint` of a checkpoint of which some weights are quantized, laid out as
+    `flat_tensors` does."""
+    plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for name in names:
+        dtype, shape = source.dtype(name), source.shape(name)
+        if name not in quantized:
+            plan[name] = dtype, shape
+            continue
+        format, nested = _format_of(shape, quantization), quantization.double_quant
+        parts = _parts_of(format, nested)
+        plan[name] = torch.uint8, (parts.pop("packed")[1], 1)
+        for part, (part_dtype, count) in parts.items():
+            plan[f"{name}.{_PART_NAMES[part]}"] = part_dtype, (count,)
+        width = len(_state_text(format, dtype, 0.0 if nested else None, pad=True))
+        plan[f"{name}{_STATE}{format.quant_type}"] = torch.uint8, (width,)
+    return plan
+
+
+def flat_tensors(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors as `quantized_plan` has them, from tensors of which some are NF4Tensors."""
+    for name, tensor in tensors:
+        yield from flatten_state_dict({name: tensor}, pad=True).items()
+
+
+def quantized_config(
+    config: Mapping[str, Any],
+    quantization: Quantization,
+    dtype: torch.dtype,
+    skipped: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Return the `config.json` of a 4-bit folder.
+
+    config: that of the source. dtype: of its weights, which bitsandbytes is to compute in. skipped: modules
+    that bitsandbytes might take for quantized and that are not; the head goes without saying.
+    """
+    return both_spellings(config) | {
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": quantization.quant_type,
+            "bnb_4bit_use_double_quant": quantization.double_quant,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            # With a list of its own, transformers leaves out no head by itself.
+            "llm_int8_skip_modules": ["lm_head", *skipped] if skipped else None,
+            "llm_int8_threshold": 6.0,
+        }
+    }
+
+
+def companions(folder: Path) -> dict[str, bytes]:
+    """Return the files that go with a model's weights wherever they go: tokenizer, chat template, generation
+    settings, licence."""
+    paths = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(paths)}
 
 
 def write_atomically(path: Path, content: bytes | dict[str, Tensor]) -> None:
@@ -353,11 +1030,12 @@ def write_atomically(path: Path, content: bytes | dict[str, Tensor]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
-def _fsync_folder(folder: Path) -> None:
-    # The rename itself must reach the disk too. Windows cannot open folders, and orders this by itself.
+def fsync_folder(folder: Path) -> None:
+    """Make sure that the names in a folder, and a rename that made one, have reached the disk."""
+    # Windows cannot open folders, and orders this by itself.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -598,6 +598,47 @@ def _as_strided(tensor: NF4Tensor, size, stride, storage_offset=None) -> NF4Tens
     return tensor._rebuild()
 
 
+def _embedding(tensor: Tensor, ids: Tensor, *_: Any) -> Tensor:
+    # Rows by number: (N, K) and ids of any shape -> (*ids, K), decoding those asked for.
+    if not isinstance(tensor, NF4Tensor) or tensor.format.view != "matrix":
+        raise NotImplementedError("only the rows of an NF4Tensor can be looked up: call .t() on the result")
+    width = tensor.shape[1]
+    some = max(quantize.CHUNK // width, 1)
+    rows = [_looked_up(tensor, part) for part in ids.long().flatten().split(some)]
+    return torch.cat(rows).view(*ids.shape, width)
+
+
+def _looked_up(tensor: NF4Tensor, ids: Tensor) -> Tensor:
+    # The blocks that ids' rows (n,) lie in, put together to a matrix of whole blocks, and decoded.
+    format, per_byte = tensor.format, quantize.codes_per_byte(tensor.codebook)
+    width, size = format.shape[1], format.block_size
+    start, last = ids * width, ids * width + width - 1  # a row's first and last number
+    n_blocks = -(-width // size) + (width % size > 0)  # a row that begins within a block may reach one more
+    blocks = (start // size)[:, None] + torch.arange(n_blocks, device=ids.device)
+    blocks = blocks.minimum((last // size)[:, None])  # (n, n_blocks); where it does not, the last twice
+    places = blocks[..., None] * (size // per_byte) + torch.arange(size // per_byte, device=ids.device)
+    places = places.minimum((last // per_byte)[:, None, None])  # the bytes; the last block may be short
+    blocks = blocks.flatten()
+
+    # index_select, because it refuses a negative index; one too large leads beyond the last byte.
+    parts = {"codebook": tensor.codebook, "packed": tensor.packed.index_select(0, places.flatten())}
+    if tensor.absmax is not None:
+        parts["absmax"] = tensor.absmax.index_select(0, blocks)
+    else:
+        assert tensor.absmax_codes is not None and tensor.nested_absmax is not None
+        assert tensor.nested_codebook is not None and tensor.offset is not None
+        nested = (blocks + format.nested_first) // format.nested_block_size
+        parts |= {"absmax_codes": tensor.absmax_codes.index_select(0, blocks), "offset": tensor.offset}
+        parts |= {"nested_absmax": tensor.nested_absmax[nested], "nested_codebook": tensor.nested_codebook}
+    # Neighbours need no longer share a scale of scales, so each scale has its own.
+    shape = (len(ids), n_blocks * size)
+    found = replace(format, shape=shape, nested_block_size=1, nested_first=0)
+    decoded = NF4Tensor(parts, tensor.dtype, found).dequantize()
+    if width % size == 0:
+        return decoded
+    return decoded.gather(1, (start % size)[:, None] + torch.arange(width, device=ids.device))
+
+
 def _as_matrix(out: Tensor, format: Format) -> Tensor:
     # `out`, which has the shape of a view, seen as (N, K).
     return out.mT if format.view == "transposed" else out.view(format.shape) if format.view == "flat" else out
@@ -622,6 +663,7 @@ OPERATIONS: dict[Any, Callable] = {
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
     aten.mv.default: _mv,
+    aten.embedding.default: _embedding,
     aten.clone.default: lambda tensor, memory_format=None: tensor._rebuild(Tensor.clone),
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy_,

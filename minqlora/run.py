@@ -1,4 +1,4 @@
-"""Chapter 17. The run folder: what a training run leaves behind, readable at any moment.
+"""Chapter 18. The run folder: what a training run leaves behind, readable at any moment.
 
     runs/demo-1/
       config.yaml              the configuration as it was run
@@ -261,6 +261,7 @@ def stop_requests() -> Iterator[StopRequest]:
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
         if request.number is not None:
             os._exit(128 + number)
         request.number = number

@@ -28,7 +28,7 @@ from torch import Tensor
 from bench import ROOT, as_document, parse_shape, print_document
 from demo_assets import MODEL_NAME, fetch_model
 from minqlora import NF4Tensor
-from minqlora.checkpoint import find_tensors, open_safetensors
+from minqlora.checkpoint import Checkpoint
 from minqlora.codebook import QUANT_TYPES
 from options import option, parse, user_errors
 
@@ -66,15 +66,13 @@ def main(argv: Sequence[str]) -> None:
 def linear_weights(folder: Path) -> Iterator[Tensor]:
     """Yield the weights of a model's linear layers, those of its blocks, in float32; raises ValueError if it
     has none."""
-    files = find_tensors(folder)
-    names = sorted(name for name in files if name.endswith("_proj.weight"))
+    checkpoint = Checkpoint(folder)
+    names = [name for name in checkpoint.names if name.endswith("_proj.weight")]
     if not names:
         raise ValueError(f"{folder}: holds no tensor named *_proj.weight")
     for name in names:
-        with open_safetensors(files[name]) as file:
-            weight = file.get_tensor(name)
-        if weight.dim() == 2:
-            yield weight.float()
+        if len(checkpoint.shape(name)) == 2:
+            yield checkpoint.read(name).float()
 
 
 def measure(case: str, weights: Iterable[Tensor]) -> list[dict[str, Any]]:

@@ -101,7 +101,8 @@ def make_checkpoint(folder: Path, layers: int) -> None:
         save_file({name: random_weight(shapes[name]) for name in names}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     (folder / "config.json").write_text(json.dumps(config))
-    index.write_text(json.dumps({"weight_map": weight_map}))
+    size = 2 * sum(shape.numel() for shape in shapes.values())
+    index.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
 
 
 def shards_of(names: list[str]) -> Iterator[list[str]]:

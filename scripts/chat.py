@@ -8,6 +8,7 @@ The base model is the one that the adapter was trained on. The answer appears as
 conversation with an empty line, Ctrl-D or Ctrl-C.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 
 from finetune import choose_device
 from minqlora import generate, load_adapter, load_model
-from minqlora.checkpoint import default_dtype
+from minqlora.checkpoint import default_dtype, find_model
 from minqlora.codebook import QUANT_TYPES
 from minqlora.data import encode_prompt
 from minqlora.model import CausalLM
@@ -31,7 +32,9 @@ class Config:
     """What can be set."""
 
     model: Path | None = option(
-        None, "folder of the base model (default: the one the adapter's run was trained on)"
+        None,
+        "folder of the base model, or a name that the local Hugging Face cache has "
+        "(default: the one the adapter's run was trained on)",
     )
     adapter: Path | None = option(None, "adapter folder: a run of finetune.py, or one of PEFT's")
     prompt: str | None = option(None, "answer this and stop; without it, a conversation")
@@ -54,6 +57,14 @@ class Config:
     )
     block_size: int | None = option(
         None, "weights that share a scale (default: as the adapter was trained, else 64)"
+    )
+    quantize_embeddings: bool | None = option(
+        None, "embeddings and head in 4 bits too (default: as the adapter was trained, else false)"
+    )
+    cache: Path | None = option(
+        None,
+        "keep the quantized weights in this folder, and read them from there the next time",
+        bare=f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/minqlora",
     )
     dtype: Literal["bfloat16", "float32"] | None = option(
         None, "compute dtype (default: what the hardware does well)"
@@ -83,7 +94,8 @@ class Config:
                 raise ValueError(f"{path}: not found, so the base model is not known; give --model")
             self.model = Path(run["model"])
         # An adapter corrects the rounding of the base that it was trained on: another base is another model.
-        for name, default in {"bits": 4, "quant_type": "nf4", "double_quant": True, "block_size": 64}.items():
+        defaults = {"bits": 4, "quant_type": "nf4", "double_quant": True, "block_size": 64}
+        for name, default in {**defaults, "quantize_embeddings": False}.items():
             if getattr(self, name) is None:
                 setattr(self, name, run.get(name, default))
         if not isinstance(self.block_size, int) or self.block_size < 2 or self.block_size % 2:
@@ -124,16 +136,19 @@ def main() -> None:
     with user_errors():
         # __post_init__ found them.
         assert config.model and config.block_size and config.double_quant is not None
-        tokenizer = Tokenizer(config.model)
+        source = find_model(config.model)
+        tokenizer = Tokenizer(source)
         device = choose_device(config.device)
         dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
         model = load_model(
-            config.model,
+            source,
             quant_type=config.quant_type if config.bits == 4 else None,
             double_quant=config.double_quant,
             block_size=config.block_size,
             device=device,
             dtype=dtype,
+            quantize_embeddings=bool(config.quantize_embeddings),
+            cache=config.cache,
         )
         if config.adapter is not None:
             load_adapter(model, config.adapter)

@@ -273,7 +273,8 @@ def show(line: Line) -> None:
     box = {True: "[x]", False: "[ ]", None: "   "}[line.fine]
     head = f"{box} {line.name:18}"
     width = max(shutil.get_terminal_size().columns, 60)
-    print(textwrap.fill(line.text, width, initial_indent=head, subsequent_indent=" " * len(head)))
+    wrapped = textwrap.wrap(line.text, width - len(head), break_long_words=False, break_on_hyphens=False)
+    print(head + ("\n" + " " * len(head)).join(wrapped))
 
 
 def main() -> None:

@@ -31,7 +31,13 @@ from tqdm import tqdm
 
 from minqlora import PagedAdamW, add_lora, load_model, save_adapter
 from minqlora.architecture import read_architecture
-from minqlora.checkpoint import SAVED_QUANT_TYPES, default_dtype, quantized_size, write_atomically
+from minqlora.checkpoint import (
+    SAVED_QUANT_TYPES,
+    default_dtype,
+    find_model,
+    quantized_size,
+    write_atomically,
+)
 from minqlora.codebook import QUANT_TYPES
 from minqlora.data import Batch, Example, collate, load_dataset, shuffled, split
 from minqlora.loss import supervised_loss
@@ -47,7 +53,11 @@ from options import REQUIRED, option, parse, to_yaml, user_errors
 class Config:
     """What can be set. Defaults are the paper's unless the help says why not."""
 
-    model: Path = option(REQUIRED, "folder of the base model", aliases=["model_name_or_path"])
+    model: Path = option(
+        REQUIRED,
+        "folder of the base model, or a name such as org/model that the local Hugging Face cache has",
+        aliases=["model_name_or_path"],
+    )
     dataset: list[Path] = option(REQUIRED, "JSONL files to learn from")
     eval_dataset: list[Path] | None = option(
         None, "JSONL files to evaluate on; none: --val_size splits some off"
@@ -66,6 +76,12 @@ class Config:
     )
     double_quant: bool = option(True, "quantize the scales too: 4.127 bits per parameter, not 4.5")
     block_size: int = option(64, "weights that share a scale")
+    quantize_embeddings: bool = option(False, "embeddings and output head in 4 bits too")
+    cache: Path | None = option(
+        None,
+        "keep the quantized weights in this folder, and read them from there the next time",
+        bare=f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/minqlora",
+    )
 
     lora_r: int = option(64, "rank of the adapters")
     lora_alpha: float = option(16.0, "size of the adapters' correction, scaled by alpha / r")
@@ -130,6 +146,10 @@ class Config:
             raise ValueError(f"--seed must be below 2**32, got {self.seed}")
         if self.block_size % 2:
             raise ValueError(f"--block_size must be even, got {self.block_size}")
+        if self.cache and (self.bits != 4 or self.quant_type not in SAVED_QUANT_TYPES):
+            raise ValueError(f"--cache keeps 4-bit weights of the types {' and '.join(SAVED_QUANT_TYPES)}")
+        if self.quantize_embeddings and self.bits != 4:
+            raise ValueError("--quantize_embeddings and --bits 16 contradict each other")
         if not self.dataset:
             raise ValueError("--dataset needs at least one file")
         if self.eval_dataset and self.val_size:
@@ -162,8 +182,9 @@ def prepare(config: Config) -> Prepared:
     device = choose_device(config.device)
     dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
 
-    arch = read_architecture(config.model)
-    tokenizer = Tokenizer(config.model)
+    source = find_model(config.model)
+    arch = read_architecture(source)
+    tokenizer = Tokenizer(source)
     if tokenizer.vocab_size > arch.vocab_size:
         raise ValueError(
             f"{config.model}: tokenizer.json has {tokenizer.vocab_size} tokens, but config.json says "
@@ -180,13 +201,15 @@ def prepare(config: Config) -> Prepared:
     torch.manual_seed(config.seed)  # before the adapters are drawn
     with tqdm(unit="B", unit_scale=True, desc="loading", leave=False, disable=None) as bar:
         model = load_model(
-            config.model,
+            source,
             quant_type=config.quant_type if config.bits == 4 else None,
             double_quant=config.double_quant,
             block_size=config.block_size,
             device=device,
             dtype=dtype,
             progress=lambda read, total: show_progress(bar, read, total),
+            quantize_embeddings=config.quantize_embeddings,
+            cache=config.cache,
         )
     print(f"model     {config.model}: {describe_size(model, config.quant_type)}")
     if config.bits == 4 and config.quant_type not in SAVED_QUANT_TYPES:

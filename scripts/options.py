@@ -12,6 +12,9 @@
     python scripts/finetune.py --model models/smollm2 --learning-rate 1e-4 --double_quant false
     python scripts/finetune.py --config run.yaml --max_steps 100      # the command line wins
 
+Options declared `positional=True` need no flag: `scripts/quantize.py MODEL OUT` says what `--model MODEL
+--out OUT` does.
+
 The idea: a value is text until the converter of its field has seen it, whether it stood behind a flag or in a
 YAML file. So `2e-4`, which PyYAML alone would hand over as a string, is a number in both, `007` stays text in
 both, and both give the same message. In a name `_` and `-` are the same. A bare boolean flag means true.
@@ -25,6 +28,7 @@ argparse splits the command line and lays out the help; its own conversions and 
 import argparse
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import shutil
@@ -54,6 +58,7 @@ def option(
     aliases: Sequence[str] = (),
     choices: Sequence[Any] = (),
     bare: str | None = None,
+    positional: bool = False,
 ) -> Any:
     """Return a dataclass field that is also a flag and a YAML key.
 
@@ -64,8 +69,10 @@ def option(
         choices: the values allowed, where the annotation is not a Literal, which says it better.
         bare: the text that the flag alone stands for, as `latest` in `--resume_from_checkpoint [PATH]`;
             a boolean's is `true`.
+        positional: its value can also stand without the flag, before all flags, in the order of the fields.
     """
-    metadata = {"help": help, "aliases": tuple(aliases), "choices": tuple(choices), "bare": bare}
+    metadata: dict[str, Any] = {"help": help, "aliases": tuple(aliases), "choices": tuple(choices)}
+    metadata |= {"bare": bare, "positional": positional}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -138,6 +145,7 @@ class _Option:
         factory = field.default_factory
         self.default = field.default if factory is dataclasses.MISSING else factory()
         self.required = self.default is dataclasses.MISSING
+        self.positional: bool = metadata.get("positional", False)
 
         members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
         self.optional = types.NoneType in members
@@ -248,8 +256,9 @@ class _Config:
 
 def _read_flags(options: Sequence[_Option], argv: Sequence[str], description: str | None) -> dict[str, Any]:
     options = [_Option(*_fields(_Config)[0]), *options]
+    first = [option.name for option in options if option.positional]
     parser = _Parser(
-        usage="%(prog)s [--flag value ...]",
+        usage=" ".join(["%(prog)s", *map(str.upper, first), "[--flag value ...]"]),
         description=description,
         formatter_class=_Help,
         allow_abbrev=False,
@@ -272,10 +281,12 @@ def _read_flags(options: Sequence[_Option], argv: Sequence[str], description: st
             metavar=f"[{metavar}]" if option.bare else metavar,
             help=(option.help + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%"),
         )
-    parsed, strays = parser.parse_known_args(_spell(argv), argparse.Namespace(given=[]))
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(first)]
+    parsed, strays = parser.parse_known_args(_spell(argv[len(words) :]), argparse.Namespace(given=[]))
     if strays and not strays[0].startswith("-"):
         raise ValueError(f"unexpected {strays[0]!r}: a value stands behind its flag")
-    given = [(stray.partition("=")[0], []) for stray in strays[:1]] + parsed.given
+    given = [(f"--{name}", [word]) for name, word in zip(first, words, strict=False)]
+    given += [(stray.partition("=")[0], []) for stray in strays[:1]] + parsed.given
     # One text is that text, none or several are a list: as a scalar and a list are in YAML.
     return _convert(
         options,

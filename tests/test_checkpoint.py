@@ -1,31 +1,41 @@
 """A checkpoint folder loads tensor by tensor, and a damaged or foreign one is refused by file and name."""
 
 import json
+import math
 import os
+import re
 import resource
 import shutil
+import subprocess
 import sys
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from conftest import write_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minqlora import NF4Tensor, checkpoint, load_model
 from minqlora.checkpoint import (
+    Checkpoint,
     default_dtype,
+    find_model,
     flatten_state_dict,
     quantized_size,
     unflatten_state_dict,
     write_atomically,
+    write_checkpoint,
 )
 from minqlora.codebook import QUANT_TYPES
+from minqlora.loss import supervised_loss
 from minqlora.nf4 import SHARED_PARTS
 
 INDEX = "model.safetensors.index.json"
@@ -229,11 +239,11 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
         ),
         (
             lambda t: t[WEIGHT].__setitem__((5, 7), float("nan")),
-            rf"{WEIGHT}: cannot quantize a weight that holds nan \(first at index \(5, 7\)\)",
+            rf"{WEIGHT}: holds nan \(first at index \(5, 7\)\)",
         ),
         (
             lambda t: t[WEIGHT].__setitem__((0, 3), -float("inf")),
-            rf"{WEIGHT}: cannot quantize a weight that holds -inf \(first at index \(0, 3\)\)",
+            rf"{WEIGHT}: holds -inf \(first at index \(0, 3\)\)",
         ),
         (
             lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(64)}),
@@ -292,7 +302,7 @@ def first_shard(folder: Path) -> Path:
         ),
         (
             lambda folder: edit_json(folder / INDEX, lambda index: index["weight_map"].pop(WEIGHT)),
-            f"1 of 21 tensors missing, the first is {WEIGHT}",
+            f"holds {WEIGHT}, but {INDEX} does not say so; download it again",
         ),
         (lambda folder: (folder / INDEX).write_text('{"weight_map": {'), f"{INDEX}: not an index of shards"),
         (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe"), f"{INDEX}: not an index of shards"),
@@ -306,7 +316,10 @@ def first_shard(folder: Path) -> Path:
             lambda folder: (folder / INDEX).write_text('{"weight_map": {"a": 1}}'),
             f"{INDEX}: not an index of shards",
         ),
-        (lambda folder: (folder / INDEX).write_text('{"weight_map": {}}'), "21 of 21 tensors missing"),
+        (
+            lambda folder: (folder / INDEX).write_text('{"weight_map": {}}'),
+            "config.json asks for 2 MLPs, the files hold 0",
+        ),
     ],
     ids=[
         "missing",
@@ -673,3 +686,589 @@ def test_a_rename_that_fails_leaves_the_old_file_whole(
     with pytest.raises(OSError, match="no"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+# -- folders in 4 bits, as bitsandbytes writes them --------------------------------------------------------
+
+
+def their_folder(
+    source: Path, out: Path, dtype: torch.dtype, block_size: int = 64, **options: Any
+) -> dict[str, Any]:
+    """Write a 4-bit copy of a folder with transformers and bitsandbytes; return their quantized weights."""
+    bnb = pytest.importorskip("bitsandbytes")
+    transformers = pytest.importorskip("transformers")
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype} | options
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
+    if block_size != 64:  # for which their configuration has no field
+        whole = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        for name, layer in layers.items():
+            weight = whole.get_parameter(f"{name}.weight").detach()
+            layer.weight = bnb.nn.Params4bit(
+                weight, requires_grad=False, blocksize=block_size, quant_type=options["bnb_4bit_quant_type"]
+            ).to("cpu")
+    model.save_pretrained(out)
+    return {f"{name}.weight": layer.weight for name, layer in layers.items()}
+
+
+def their_logits(folder: Path, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what transformers computes with a folder, after it found every key it wanted and no other."""
+    transformers = pytest.importorskip("transformers")
+    model, found = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True
+    )
+    assert not any(found.values()), found
+    # In eval mode bitsandbytes rounds the scales to bfloat16 on some CPUs.
+    with torch.no_grad():
+        return model.train()(ids).logits
+
+
+def require_theirs(ours: Tensor, theirs: Any) -> None:
+    """Compare every part of a weight with bitsandbytes' own."""
+    state = theirs.quant_state
+    assert isinstance(ours, NF4Tensor) and ours.format.shape == tuple(state.shape)
+    assert (ours.format.block_size, ours.format.quant_type) == (state.blocksize, state.quant_type)
+    pairs = [(ours.packed, theirs.data.view(torch.uint8).flatten()), (ours.codebook, state.code)]
+    if state.nested:
+        pairs += [(ours.absmax_codes, state.absmax), (ours.nested_absmax, state.state2.absmax)]
+        pairs += [(ours.nested_codebook, state.state2.code), (ours.offset, state.offset)]
+    else:
+        pairs += [(ours.absmax, state.absmax)]
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "double": {"bnb_4bit_use_double_quant": True},
+    "fp4": {"bnb_4bit_quant_type": "fp4"},
+    "stored as bfloat16": {"bnb_4bit_quant_storage": torch.bfloat16, "bnb_4bit_use_double_quant": True},
+    "stored as float32": {"bnb_4bit_quant_storage": torch.float32},
+    "some left out": {"llm_int8_skip_modules": ["o_proj", "layers.1.mlp", "lm_head"]},
+    "with the head": {"llm_int8_skip_modules": ["o_proj"]},
+    "in blocks of 128": {"block_size": 128},
+    "in blocks of 256": {"block_size": 256, "bnb_4bit_quant_type": "fp4"},
+}
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def wide(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, torch.dtype]:
+    """A model whose rows are whole blocks: on some CPUs bitsandbytes decodes no others rightly."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    return write_llama(folder, dtype=request.param, hidden_size=256, intermediate_size=512), request.param
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_a_folder_of_bitsandbytes_comes_bit_for_bit_and_gives_its_logits(wide, variant, tmp_path) -> None:
+    source, dtype = wide
+    theirs = their_folder(source, tmp_path / "out", dtype, **variant)
+    model = load_model(tmp_path / "out", dtype=dtype, block_size=32)  # of which the folder knows nothing
+    ours = {name: p for name, p in model.named_parameters() if isinstance(p, NF4Tensor)}
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        require_theirs(ours[name], weight)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.equal(model(ids), their_logits(tmp_path / "out", ids, dtype))
+
+
+def test_a_checkpoint_tells_of_4_bit_weights_what_they_stand_for(wide, tmp_path) -> None:
+    source, dtype = wide
+    their_folder(source, tmp_path / "out", dtype, bnb_4bit_use_double_quant=True)
+    held, was = Checkpoint(tmp_path / "out"), Checkpoint(source)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert held.names == was.names and held.has_quantized and not was.has_quantized
+    assert held.is_quantized(name) and not held.is_quantized("lm_head.weight")
+    assert (held.shape(name), held.dtype(name)) == (was.shape(name), was.dtype(name)) == ((512, 256), dtype)
+    numbers = 512 * 256
+    assert numbers / 2 < held.nbytes(name) < numbers * 0.53 and was.nbytes(name) == numbers * dtype.itemsize
+    assert isinstance(held.read(name), NF4Tensor) and held.read(name).dtype == dtype
+    assert torch.equal(held.read("lm_head.weight"), was.read("lm_head.weight"))
+
+
+def test_what_is_in_4_bits_is_not_loaded_in_16(wide, tmp_path) -> None:
+    source, dtype = wide
+    their_folder(source, tmp_path / "out", dtype)
+    with pytest.raises(ValueError, match="out: is in 4 bits; load it so .*--bits 4"):
+        load_model(tmp_path / "out", quant_type=None)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "named"),
+    [
+        ({"load_in_8bit": True, "quant_method": "bitsandbytes"}, "8-bit bitsandbytes"),
+        ({"_load_in_8bit": True, "load_in_4bit": False}, "8-bit"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq"}, "awq"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"bits": 3}, "bits"),
+        ("int4", "int4"),
+        ([1, 2], "1, 2"),
+    ],
+)
+def test_weights_quantized_another_way_are_refused_by_name(
+    folder: Path, quantization: Any, named: str
+) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=quantization))
+    with pytest.raises(ValueError, match=f"config.json: .* quantized by .*{named}.*; give the 16-bit model"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("quantization", [None, {"load_in_4bit": True}, {"quant_method": "bitsandbytes"}])
+def test_what_config_says_of_4_bits_does_not_count(folder: Path, quantization: Any) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config=quantization))
+    assert quantized_size(load_model(folder))[0] > 0
+
+
+# -- quantized embeddings ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantized_embeddings_compute_what_the_decoded_ones_do(folder: Path, tied: bool, dtype) -> None:
+    edit_json(folder / "config.json", lambda config: config.update(tie_word_embeddings=tied))
+    model, dense = (load_model(folder, dtype=dtype, quantize_embeddings=choice) for choice in (True, False))
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
+    for module in (model.model.embed_tokens, model.lm_head):
+        assert isinstance(module.weight, NF4Tensor)
+    dense.model.embed_tokens.weight.data = model.model.embed_tokens.weight.dequantize(dtype)
+    dense.lm_head.weight = nn.Parameter(model.lm_head.weight.dequantize(dtype))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids), dense(ids))
+    # And back: the head's product is differentiable in what comes in.
+    losses, grads = [], []
+    for one in (model, dense):
+        hidden = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        loss = supervised_loss(hidden, ids[:, :5], one.lm_head.weight.detach())
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(hidden.grad)
+    assert losses[0] == losses[1] and torch.equal(*grads)
+
+
+def test_embeddings_are_not_quantized_alone(folder: Path) -> None:
+    with pytest.raises(ValueError, match="give a quant_type as well"):
+        load_model(folder, quant_type=None, quantize_embeddings=True)
+
+
+# -- what is found -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tiny_model: Path, tmp_path: Path) -> Path:
+    """A Hugging Face cache with one model in it, laid out as the real ones are, with links."""
+    model = tmp_path / "hub" / "models--some-org--tiny.model"
+    snapshot = model / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (model / "blobs").mkdir()
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123abcd")
+    for i, path in enumerate(sorted(tiny_model.iterdir())):
+        shutil.copy(path, model / "blobs" / str(i))
+        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("HF_HUB_CACHE", "hub"), ("HF_HOME", ""), ("XDG_CACHE_HOME", "caches"), ("HOME", "home")],
+)
+def test_a_name_is_looked_up_in_the_local_cache(hub: Path, monkeypatch, variable: str, value: str) -> None:
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    below = {"XDG_CACHE_HOME": "caches/huggingface/hub", "HOME": "home/.cache/huggingface/hub"}.get(variable)
+    if below:
+        (hub.parent / below).parent.mkdir(parents=True)
+        hub.rename(hub.parent / below)
+    monkeypatch.setenv(variable, str(hub.parent / value))
+    found = find_model("some-org/tiny.model")
+    assert found.name == "0123abcd" and quantized_size(load_model("some-org/tiny.model"))[0] > 0
+
+
+def test_a_folder_wins_over_a_name(hub: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    monkeypatch.chdir(tmp_path)
+    assert find_model("some-org/tiny.model") != Path("some-org/tiny.model")
+    Path("some-org/tiny.model").mkdir(parents=True)
+    assert find_model("some-org/tiny.model") == Path("some-org/tiny.model")
+
+
+@pytest.mark.parametrize("commit", [None, "", "../../x", "other", b"\xff"])
+def test_a_name_that_is_not_there_comes_with_the_command_that_gets_it(hub: Path, monkeypatch, commit) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub))
+    ref = hub / "models--some-org--tiny.model" / "refs" / "main"
+    ref.unlink() if commit is None else ref.write_bytes(
+        commit if isinstance(commit, bytes) else commit.encode()
+    )
+    with pytest.raises(
+        ValueError, match="no such model folder: some-org/tiny.model; .*`hf download some-org/tiny"
+    ):
+        find_model("some-org/tiny.model")
+
+
+@pytest.mark.parametrize("name", ["model", "/a/b/c", "a/b/c", "../x", "a/.b", "a b/c", "./a", ""])
+def test_what_is_no_name_is_only_a_missing_folder(name: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path / ".") if name else None
+    if name:
+        with pytest.raises(ValueError, match=f"^no such model folder: {re.escape(name)}$"):
+            find_model(name)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("pytorch_model.bin", r"only pytorch_model\*.bin, which are pickles.*save_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "pickles"),
+        ("model.Q4_K_M.gguf", "only a GGUF file"),
+        ("consolidated.00.pth", "maker's own layout"),
+        ("consolidated.safetensors", "maker's own layout"),
+    ],
+)
+def test_weights_in_another_format_are_named_with_the_way_out(folder: Path, file: str, said: str) -> None:
+    (folder / SINGLE).rename(folder / file)
+    with pytest.raises(ValueError, match=f"{folder}: holds neither {SINGLE} nor {INDEX}, .*{said}"):
+        load_model(folder)
+
+
+# -- what fits ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_does_not_fit_is_refused_with_the_plan_before_it_is_read(folder, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 50_000)
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("read"))
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit cpu: 0.00 GB 4-bit weights \+ 0.00 GB embeddings and head \+ .* = 0.00 GB, "
+        r"but 0.00 GB are free; --quantize_embeddings saves",
+    ):
+        load_model(folder)
+    with pytest.raises(ValueError, match="4 bits take a quarter"):
+        load_model(folder, quant_type=None)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize_embeddings": True}, {"quant_type": None}])
+def test_the_plan_is_what_is_then_held(folder: Path, monkeypatch, options: dict[str, Any]) -> None:
+    model = load_model(folder, dtype=torch.float32, **options)
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    largest = 0 if options.get("quant_type", "") is None else 96 * 64 * 2
+    if options.get("quantize_embeddings"):
+        largest = model.lm_head.weight.numel() * 2
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: held + largest)
+    load_model(folder, dtype=torch.float32, **options)
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: held + largest - 1)
+    with pytest.raises(ValueError, match="does not fit"):
+        load_model(folder, dtype=torch.float32, **options)
+
+
+def test_free_memory_is_what_the_tightest_limit_around_the_process_leaves(tmp_path: Path) -> None:
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    write("proc/meminfo", "MemTotal:  9000 kB\nMemAvailable:  5000 kB\n")
+    write("proc/self/cgroup", "3:cpu:/x\n2:memory:/old\n0::/a/b\n")
+    assert list(checkpoint._free_host_memory(tmp_path)) == [5_120_000]
+    for group, limit in {"a/b": "max", "a": "4000000"}.items():
+        write(f"sys/fs/cgroup/{group}/memory.max", limit)
+        write(f"sys/fs/cgroup/{group}/memory.current", "3000000")
+        write(f"sys/fs/cgroup/{group}/memory.stat", "anon 5\ninactive_file 500000\n")
+    assert list(checkpoint._free_host_memory(tmp_path)) == [5_120_000, 1_500_000]
+    write("sys/fs/cgroup/memory/old/memory.limit_in_bytes", "700000")
+    write("sys/fs/cgroup/memory/old/memory.usage_in_bytes", "800000")
+    write("sys/fs/cgroup/memory/old/memory.stat", "total_inactive_file 0\n")
+    assert min(checkpoint._free_host_memory(tmp_path)) == 0
+    assert list(checkpoint._free_host_memory(tmp_path / "none")) == []
+    assert checkpoint.free_memory(torch.device("meta")) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_loading_takes_the_4_bit_model_and_its_largest_tensor(tmp_path: Path) -> None:
+    # 150 million parameters, 300 MB in 16 bits.
+    config = LARGE | {"model_type": "llama", "rms_norm_eps": 1e-5}
+    d, inner, n = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], d), "model.norm.weight": (d,)}
+    for i in range(n):
+        shapes |= {f"model.layers.{i}.self_attn.{name}_proj.weight": (d, d) for name in "qkvo"}
+        shapes |= {f"model.layers.{i}.mlp.{name}_proj.weight": (inner, d) for name in ("gate", "up")}
+        shapes |= {f"model.layers.{i}.mlp.down_proj.weight": (d, inner)}
+        shapes |= {f"model.layers.{i}.{name}_layernorm.weight": (d,) for name in ("input", "post_attention")}
+    plan = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
+    noise = random_weight(config["vocab_size"], d, dtype=torch.bfloat16).flatten()
+    tensors = ((name, noise[: math.prod(shape)].view(shape)) for name, shape in shapes.items())
+    files = {"config.json": json.dumps(config).encode()}
+    write_checkpoint(tmp_path / "model", plan, tensors, files=files, max_shard_bytes=200_000_000)
+    code = (
+        "import resource, sys, torch; from minqlora import load_model\n"
+        "from minqlora.checkpoint import quantized_size\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "load_model(sys.argv[1], dtype=torch.float32)  # what torch sets up once\n"
+        "before = peak(); model = load_model(sys.argv[2], dtype=torch.float32)\n"
+        "print(before, peak(), sum(parameter.nbytes for parameter in model.parameters()))"
+    )
+    small = write_llama(tmp_path / "small")
+    command = [sys.executable, "-c", code, str(small), str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    before, peak, held = map(int, done.stdout.split())
+    assert held < 100e6  # against 300 MB
+    # 20 MB for the scratch of one chunk and for what the allocator keeps.
+    assert peak - before < held + inner * d * 2 + 20e6, (before, peak, held)
+
+
+LARGE: dict[str, Any] = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "vocab_size": 8192,
+    "tie_word_embeddings": True,
+}
+
+
+# -- the cache ---------------------------------------------------------------------------------------------
+
+
+def require_equal(one: nn.Module, other: nn.Module) -> None:
+    """Compare two models, every part of every parameter."""
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        twin = theirs[name]
+        assert type(parameter) is type(twin) and parameter.dtype == twin.dtype, name
+        if isinstance(parameter, NF4Tensor):
+            assert parameter.format == twin.format and parameter.parts.keys() == twin.parts.keys()
+            assert all(torch.equal(part, twin.parts[key]) for key, part in parameter.parts.items()), name
+        else:
+            assert torch.equal(parameter, twin), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"quant_type": "fp4", "double_quant": False, "block_size": 32}, {"quantize_embeddings": True}],
+)
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_second_start_reads_4_bits_and_gives_the_same_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dtype, first
+) -> None:
+    # Whatever the compute dtype of the first start was.
+    cache = tmp_path / "cache"
+    plain = load_model(folder, dtype=dtype, **options)
+    require_equal(
+        load_model(folder, dtype=first, cache=cache, **options), load_model(folder, dtype=first, **options)
+    )
+    monkeypatch.setattr(checkpoint.NF4Tensor, "from_float", lambda *_, **__: pytest.fail("quantized again"))
+    require_equal(load_model(folder, dtype=dtype, cache=cache, **options), plain)
+    (entry,) = cache.iterdir()
+    assert [path.name for path in entry.iterdir()] == [SINGLE]
+
+
+def test_another_source_or_another_setting_has_a_copy_of_its_own(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    load_model(folder, cache=cache)
+    for n, options in enumerate(
+        [{"block_size": 32}, {"double_quant": False}, {"quantize_embeddings": True}], 2
+    ):
+        require_equal(load_model(folder, cache=cache, **options), load_model(folder, **options))
+        assert len(list(cache.iterdir())) == n
+    # The same size and another second.
+    edit_tensors(folder, lambda tensors: tensors[WEIGHT].mul_(2))
+    os.utime(folder / SINGLE, (1, 1))
+    require_equal(load_model(folder, cache=cache), load_model(folder))
+    assert len(list(cache.iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: os.truncate(entry / SINGLE, 1000),
+        lambda entry: (entry / SINGLE).unlink(),
+        lambda entry: edit_tensors(entry, lambda tensors: tensors.pop(WEIGHT)),
+        lambda entry: edit_tensors(
+            entry, lambda tensors: tensors[f"{WEIGHT}.nested_absmax"].fill_(float("nan"))
+        ),
+    ],
+    ids=["cut", "empty", "a part missing", "nan"],
+)
+def test_a_damaged_copy_is_named_dropped_and_made_anew(folder: Path, tmp_path: Path, damage: Any) -> None:
+    cache = tmp_path / "cache"
+    load_model(folder, cache=cache)
+    (entry,) = cache.iterdir()
+    damage(entry)
+    with pytest.warns(UserWarning, match=f"damaged cache entry dropped and made anew: {entry}"):
+        require_equal(load_model(folder, cache=cache), load_model(folder))
+    with warnings.catch_warnings(action="error"):
+        require_equal(load_model(folder, cache=cache), load_model(folder))
+
+
+def test_a_cache_that_cannot_be_written_costs_the_cache_and_not_the_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.warns(UserWarning, match="the 4-bit copy could not be kept: .*cache"):
+        require_equal(load_model(folder, cache=tmp_path / "cache"), load_model(folder))
+
+
+@pytest.mark.parametrize("quant_type", [None, "nf3", "int4"])
+def test_the_cache_keeps_4_bit_weights_only(folder: Path, tmp_path: Path, quant_type: str | None) -> None:
+    with pytest.raises(ValueError, match="the cache keeps nf4 and fp4 weights, and nothing else"):
+        load_model(folder, quant_type=quant_type, cache=tmp_path / "cache")
+
+
+# -- whole folders -----------------------------------------------------------------------------------------
+
+TENSORS = {
+    "a.weight": torch.arange(12, dtype=torch.uint8).view(12, 1),
+    "a.weight.absmax": torch.ones(3),
+    "a.weight.state": torch.arange(5, dtype=torch.uint8),
+    "b": torch.arange(6.0).view(2, 3).bfloat16(),
+    "c": torch.tensor(3.0),
+    "d": torch.zeros(0, 4),
+    "e": torch.arange(8.0).view(2, 4).T,
+    "\u00e9": torch.tensor([True, False]),
+}
+
+
+def plan_of(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def test_a_file_written_piece_by_piece_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:
+    pieces = reversed(TENSORS.items())  # in any order
+    write_checkpoint(tmp_path / "out", plan_of(TENSORS), pieces, files={"config.json": b"{}", "x/y": b"z"})
+    whole = {name: tensor.contiguous() for name, tensor in TENSORS.items()}
+    expected = safetensors.torch.save(whole, metadata={"format": "pt"})
+    assert (tmp_path / "out" / SINGLE).read_bytes() == expected
+    assert (tmp_path / "out" / "x" / "y").read_bytes() == b"z"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", SINGLE, "out", "x", "y"]
+
+
+def test_shards_have_hugging_faces_names_and_never_part_a_weight(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, plan_of(TENSORS), TENSORS.items(), max_shard_bytes=20)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
+    groups: dict[str, list[str]] = {}
+    for name, shard in index["weight_map"].items():
+        groups.setdefault(shard, []).append(name)
+    # 29 bytes of one weight; 12 and 4; 32, more than a shard; 2.
+    assert list(groups.values()) == [
+        ["a.weight", "a.weight.absmax", "a.weight.state"],
+        ["b", "c", "d"],
+        ["e"],
+        ["\u00e9"],
+    ]
+    assert list(groups) == [f"model-0000{i}-of-00004.safetensors" for i in range(1, 5)]
+    for shard, names in groups.items():
+        held = safetensors.torch.load_file(tmp_path / shard)
+        assert held.keys() == set(names) and all(torch.equal(held[name], TENSORS[name]) for name in names)
+
+
+def test_one_tensor_after_the_other_is_written(tmp_path: Path) -> None:
+    plan = plan_of({f"t{i}": torch.zeros(10) for i in range(20)})
+    alive: list[weakref.ref] = []
+    seen: list[tuple[int, int]] = []
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in plan:
+            assert sum(earlier() is not None for earlier in alive) <= 1  # the one just handed over
+            tensor = torch.zeros(10)
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    write_checkpoint(tmp_path / "out", plan, tensors(), progress=lambda *at: seen.append(at))
+    assert seen == [(40 * i, 800) for i in range(1, 21)]
+
+
+def test_a_folder_that_holds_something_is_refused_before_work_begins(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("mine")
+    for out in (tmp_path, tmp_path / "x"):
+        with pytest.raises(ValueError, match=f"^{out}: exists and is not an empty folder; choose another$"):
+            write_checkpoint(out, plan_of(TENSORS), (pytest.fail("began") for _ in [1]))
+    assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_disk_without_room_is_refused_before_work_begins(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: SimpleNamespace(free=50))
+    with pytest.raises(ValueError, match="out: needs 0.00 GB on the disk, but 0.00 GB are free"):
+        write_checkpoint(tmp_path / "out", plan_of(TENSORS), (pytest.fail("began") for _ in [1]))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files the way Linux does")
+def test_a_disk_that_fills_up_leaves_nothing_behind(tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(100), "b": torch.zeros(1000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # a write beyond it fails, as on a full disk
+    try:
+        with pytest.raises(OSError, match="File too large; nothing was left behind: '.*out'"):
+            write_checkpoint(tmp_path / "out", plan_of(tensors), tensors.items())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", [ValueError("nan"), KeyboardInterrupt()])
+def test_a_source_that_fails_leaves_nothing_behind(tmp_path: Path, failure: BaseException) -> None:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield "a.weight", TENSORS["a.weight"]
+        raise failure
+
+    with pytest.raises(type(failure)):
+        write_checkpoint(tmp_path / "out", plan_of(TENSORS), tensors())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_has_its_name_only_when_all_of_it_is_on_the_disk(tmp_path: Path, monkeypatch) -> None:
+    synced: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        assert not target.exists() and {path.name for path in source.iterdir()} == {SINGLE, "config.json"}
+        assert SINGLE in synced and ".config.json.partial" in synced and synced[-1] == source.name
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    write_checkpoint(tmp_path / "out", plan_of(TENSORS), TENSORS.items(), files={"config.json": b"{}"})
+    assert synced[-1] == tmp_path.name and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [{"b": TENSORS["b"]}, TENSORS | {"b": TENSORS["b"].float()}, TENSORS | {"x": torch.ones(1)}],
+    ids=["missing", "another dtype", "unplanned"],
+)
+def test_what_was_not_planned_is_a_mistake_of_the_program(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    with pytest.raises(AssertionError, match="planned"):
+        write_checkpoint(tmp_path / "out", plan_of(TENSORS), tensors.items())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "offset", [0.0, 1e-38, -1.1754943508222875e-38, 0.49454465508461, 3.4028234663852886e38]
+)
+def test_a_quantization_state_is_as_long_for_every_offset(offset: float) -> None:
+    weight = NF4Tensor.from_float(random_weight(6, 64))
+    weight.offset = torch.tensor(offset)
+    flat = flatten_state_dict({"weight": weight}, pad=True)
+    assert len(flat[STATE]) == len(
+        flatten_state_dict({"weight": NF4Tensor.from_float(random_weight(6, 64))}, pad=True)[STATE]
+    )
+    assert torch.equal(unflatten_state_dict(flat)["weight"].offset, weight.offset)
+
+
+def test_a_number_that_is_none_is_named_outside_of_linear_layers_too(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors["model.embed_tokens.weight"][3].fill_(float("nan")))
+    for options in ({}, {"quant_type": None}):
+        with pytest.raises(
+            ValueError, match=rf"{SINGLE}: model.embed_tokens.weight: holds nan \(first at index \(3, 0\)\)"
+        ):
+            load_model(folder, **options)

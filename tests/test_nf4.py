@@ -941,6 +941,63 @@ def test_other_cuts_are_refused(cut: Callable):
         cut(nf4_in_rows())
 
 
+# -- looking rows up -----------------------------------------------------------------------------------------
+
+
+# Rows of whole blocks; of one and a half; shorter than one; that begin anywhere in one, the last one short.
+@pytest.mark.parametrize(
+    ("shape", "block_size"), [((40, 64), 32), ((9, 96), 64), ((11, 10), 64), ((7, 13), 4)]
+)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "nf6"])
+@BOTH_SCALES
+def test_rows_looked_up_are_those_of_the_decoded_weight(
+    double_quant: bool, quant_type: str, shape: tuple[int, int], block_size: int
+):
+    tensor = nf4_of(
+        *shape, double_quant=double_quant, quant_type=quant_type, block_size=block_size, nested_block_size=4
+    )
+    ids = torch.randint(shape[0], (3, 20), generator=torch.Generator().manual_seed(0))
+    ids[0, :2] = torch.tensor([0, shape[0] - 1])
+    assert torch.equal(F.embedding(ids, tensor), tensor.dequantize()[ids])
+    assert F.embedding(ids[:0], tensor).shape == (0, 20, shape[1])
+
+
+def test_rows_of_a_part_of_a_weight_are_looked_up_there():
+    part = nf4_of(40, 64, nested_block_size=7)[3:30]
+    ids = torch.arange(27)
+    assert part.format.nested_first and torch.equal(F.embedding(ids, part), part.dequantize())
+
+
+@pytest.mark.parametrize("row", [-1, 9, 10**12])
+@pytest.mark.parametrize("width", [64, 96, 10])
+def test_a_row_that_is_not_there_is_refused(width: int, row: int):
+    with pytest.raises((IndexError, RuntimeError), match="index"):
+        F.embedding(torch.tensor([0, row]), nf4_of(9, width))
+
+
+def test_only_the_rows_asked_for_are_decoded(monkeypatch: pytest.MonkeyPatch):
+    decode, decoded = module.matmul.nf4_dequantize, []
+
+    def watched(*args, **options):
+        decoded.append(decode(*args, **options))
+        return decoded[-1]
+
+    tensor = nf4_of(1000, 64)
+    monkeypatch.setattr(module.matmul, "nf4_dequantize", watched)
+    F.embedding(torch.tensor([[5, 900, 5]]), tensor)
+    assert [rows.shape for rows in decoded] == [(3, 64)]
+
+
+def test_an_embedding_is_compiled_in_one_graph():
+    embedding = nn.Embedding.from_pretrained(torch.empty(30, 64))
+    embedding.weight = nn.Parameter(nf4_of(30, 64), requires_grad=False)
+    ids = torch.tensor([[3, 29]])
+    compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(ids), embedding(ids))
+    with torch.inference_mode():
+        assert torch.equal(embedding(ids), embedding.weight.dequantize()[ids])
+
+
 # -- blank ---------------------------------------------------------------------------------------------------
 
 
@@ -1178,7 +1235,6 @@ OPERATIONS: dict[str, Callable] = {
     "aten.ones_like.default": lambda t: torch.ones_like(t),
     "aten.rand_like.default": lambda t: torch.rand_like(t),
     "aten.new_ones.default": lambda t: t.new_ones(2, 2),
-    "aten.embedding.default": lambda t: F.embedding(torch.tensor([1]), t),
 }
 
 

@@ -191,6 +191,47 @@ def test_an_annotation_that_text_cannot_fill_is_the_programmers_mistake(annotati
         parse(Odd, [])
 
 
+@dataclass
+class Pair:
+    model: Path = option(REQUIRED, "what is read", positional=True)
+    out: Path = option(Path("here"), "what is written", positional=True)
+    lora_r: int = option(64, "rank")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["a", "b", "--lora_r", "8"],
+        ["a", "--out", "b", "--lora-r", "8"],
+        ["--lora_r", "8", "--out", "b", "--model", "a"],
+    ],
+)
+def test_a_positional_option_stands_first_or_behind_its_flag(argv):
+    assert parse(Pair, argv) == Pair(Path("a"), Path("b"), 8)
+
+
+def test_positional_options_are_filled_in_order():
+    assert parse(Pair, ["a"]) == Pair(Path("a"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["a", "b", "c"], "unexpected 'c': a value stands behind its flag"),
+        (["a", "--model", "b"], "--model: given twice, first as --model"),
+        ([], "--model: required, and not given (see --help)"),
+    ],
+)
+def test_a_mistake_with_positional_options_is_named(argv, message, error_of):
+    assert error_of(parse, Pair, argv) == message
+
+
+def test_help_shows_what_stands_first(capsys):
+    with pytest.raises(SystemExit):
+        parse(Pair, ["--help"])
+    assert "MODEL OUT [--flag value ...]" in capsys.readouterr().out
+
+
 # -- YAML --------------------------------------------------------------------------------------------------
 
 

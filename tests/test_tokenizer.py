@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-import minqlora.tokenizer
+import minqlora.template
 from minqlora.data import encode, encode_prompt
 from minqlora.tokenizer import Tokenizer
 
@@ -239,7 +239,7 @@ def test_no_template_makes_a_value_too_large(folder: Path, template: str) -> Non
 
 @pytest.mark.parametrize("template", TOO_LONG)
 def test_no_template_runs_on(folder: Path, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minqlora.tokenizer, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(minqlora.template, "MAX_SECONDS", 0.1)
     assert_refused(with_template(folder, template), "it ran for more than 0.1 seconds")
 
 
