@@ -1,4 +1,4 @@
-"""Chapter 11. Adapter folders: what was trained, in the form that the rest of the world loads.
+"""Chapter 12. Adapter folders: what was trained, in the form that the rest of the world loads.
 
 An adapter is two files. `adapter_config.json` says what was adapted and how; `adapter_model.safetensors`
 holds the matrices, each under the path of its layer::
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minqlora.checkpoint import open_safetensors, write_atomically
+from minqlora.files import open_safetensors, write_atomically
 from minqlora.lora import add_lora, find_targets, lora_layers
 from minqlora.model import CausalLM
 

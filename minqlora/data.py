@@ -1,4 +1,4 @@
-"""Chapter 14. Data: from lines of JSON to rows of tokens that say what is to be learned.
+"""Chapter 15. Data: from lines of JSON to rows of tokens that say what is to be learned.
 
 Every row becomes a conversation, every conversation a list of tokens, and beside each token stands its
 *label*: the token itself where it belongs to an answer, -100 where it was given. An answer's end token is

@@ -26,7 +26,7 @@ in float32. Embeddings and head stay in the checkpoint's dtype and are cast wher
 Paper: "Attention Is All You Need"; RMSNorm, "RoFormer" (rotary positions), "GLU Variants Improve Transformer"
 (SwiGLU), "GQA", "Mixtral of Experts".
 
-Before: architecture. Next: checkpoint.
+Before: architecture. Next: files.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Chapter 18. The run folder: what a training run leaves behind, readable at any moment.
+"""Chapter 19. The run folder: what a training run leaves behind, readable at any moment.
 
     runs/demo-1/
       config.yaml              the configuration as it was run
@@ -44,7 +44,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from minqlora.checkpoint import fsync_folder, write_atomically
+from minqlora.files import fsync_folder, write_atomically
 
 
 def require_unused(folder: Path) -> None:

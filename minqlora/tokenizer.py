@@ -1,4 +1,4 @@
-"""Chapter 13. Text to tokens and back.
+"""Chapter 14. Text to tokens and back.
 
 A checkpoint folder brings its tokenizer as `tokenizer.json`, or, if it has only that, as SentencePiece's
 `tokenizer.model`; and in `chat_template.jinja` or `tokenizer_config.json` the chat template::
@@ -36,7 +36,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as FastTokenizer
 
-from minqlora.checkpoint import companions, write_atomically
+from minqlora.files import companions, write_atomically
 from minqlora.template import TemplateSandbox, template_error
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}

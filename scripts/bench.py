@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from minqlora.checkpoint import write_atomically
+from minqlora.files import write_atomically
 from options import user_errors
 
 DOOR = Path(__file__).resolve()  # what a benchmark starts to have a process of its own

@@ -28,8 +28,8 @@ from torch import Tensor
 from bench import ROOT, as_document, parse_shape, print_document
 from demo_assets import MODEL_NAME, fetch_model
 from minqlora import NF4Tensor
-from minqlora.checkpoint import Checkpoint
 from minqlora.codebook import QUANT_TYPES
+from minqlora.files import Checkpoint
 from options import option, parse, user_errors
 
 DEMO_MODEL = ROOT / "assets" / MODEL_NAME

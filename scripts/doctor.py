@@ -24,7 +24,6 @@ import torch
 from finetune import choose_device
 from minqlora.architecture import Architecture, read_architecture, read_config
 from minqlora.checkpoint import (
-    Checkpoint,
     Quantization,
     default_dtype,
     find_model,
@@ -33,6 +32,7 @@ from minqlora.checkpoint import (
     open_model,
     quantized_plan,
 )
+from minqlora.files import Checkpoint
 from minqlora.tokenizer import Tokenizer
 from options import option, parse, user_errors
 

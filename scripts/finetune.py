@@ -31,15 +31,10 @@ from tqdm import tqdm
 
 from minqlora import PagedAdamW, add_lora, load_model, save_adapter
 from minqlora.architecture import read_architecture
-from minqlora.checkpoint import (
-    SAVED_QUANT_TYPES,
-    default_dtype,
-    find_model,
-    quantized_size,
-    write_atomically,
-)
+from minqlora.checkpoint import default_dtype, find_model, quantized_size
 from minqlora.codebook import QUANT_TYPES
 from minqlora.data import Batch, Example, collate, load_dataset, shuffled, split
+from minqlora.files import SAVED_QUANT_TYPES, write_atomically
 from minqlora.loss import supervised_loss
 from minqlora.model import CausalLM
 from minqlora.run import MetricsLog, environment, next_run_folder, peak_memory_gib, require_unused

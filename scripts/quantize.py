@@ -27,10 +27,7 @@ from finetune import as_json, choose_device, show_progress
 from minqlora import NF4Tensor
 from minqlora.architecture import read_config
 from minqlora.checkpoint import (
-    SAVED_QUANT_TYPES,
-    Checkpoint,
     Quantization,
-    companions,
     default_dtype,
     find_model,
     flat_tensors,
@@ -39,9 +36,8 @@ from minqlora.checkpoint import (
     quantized_config,
     quantized_plan,
     replace_parameter,
-    write_atomically,
-    write_checkpoint,
 )
+from minqlora.files import SAVED_QUANT_TYPES, Checkpoint, companions, write_atomically, write_checkpoint
 from minqlora.model import Block, CausalLM
 from minqlora.tokenizer import Tokenizer
 from options import REQUIRED, option, parse, user_errors

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minqlora import NF4Tensor, load_model
-from minqlora.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, Quantization, write_checkpoint
+from minqlora.checkpoint import Quantization
+from minqlora.files import INDEX_FILE, SINGLE_FILE, Checkpoint, write_checkpoint
 from quantize import quantize_checkpoint
 
 KINDS = ("single", "sharded", "4-bit")

@@ -24,17 +24,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from minqlora import NF4Tensor, checkpoint, load_model
-from minqlora.checkpoint import (
+from minqlora.checkpoint import default_dtype, find_model, quantized_size
+from minqlora.codebook import QUANT_TYPES
+from minqlora.files import (
     Checkpoint,
-    default_dtype,
-    find_model,
     flatten_state_dict,
-    quantized_size,
     unflatten_state_dict,
     write_atomically,
     write_checkpoint,
 )
-from minqlora.codebook import QUANT_TYPES
 from minqlora.loss import supervised_loss
 from minqlora.nf4 import SHARED_PARTS
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Reading order = import order; the place in it is the chapter's number. Rooms that no issue has needed yet do
 # not exist, and the chain passes them by.
 METHOD = ["codebook", "reference", "quantize", "matmul", "nf4", "lora", "optim"]
-TRANSFORMER = ["architecture", "model", "checkpoint", "adapter", "template", "tokenizer"]
+TRANSFORMER = ["architecture", "model", "files", "checkpoint", "adapter", "template", "tokenizer"]
 TRANSFORMER += ["data", "loss", "generate"]
 CHAPTERS = [*METHOD, *TRANSFORMER, "memory", "run", "report", "parallel"]
 

@@ -21,7 +21,8 @@ from torch import Tensor
 import finetune
 import quantize
 from minqlora import NF4Tensor, load_model
-from minqlora.checkpoint import Checkpoint, Quantization
+from minqlora.checkpoint import Quantization
+from minqlora.files import Checkpoint
 from minqlora.model import Block
 from minqlora.tokenizer import Tokenizer
 from quantize import Config, perplexities, quantize_checkpoint, read_windows
