@@ -70,7 +70,7 @@ def ours(
 
     def loss(tokens: torch.Tensor) -> torch.Tensor:
         targets = torch.cat([tokens[:, 1:], tokens.new_full((1, 1), -100)], dim=1)
-        return supervised_loss(model.model(tokens), targets, model.lm_head.weight) / (tokens.numel() - 1)
+        return supervised_loss(model.model(tokens), targets, model.lm_head) / (tokens.numel() - 1)
 
     return loss, PagedAdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
 

@@ -298,7 +298,7 @@ def evaluate(model: CausalLM, examples: list[Example], batch_size: int) -> float
     for start in tqdm(range(0, len(examples), batch_size), desc="evaluating", leave=False, disable=None):
         batch = collate(examples[start : start + batch_size])
         hidden = model.model(batch.input_ids.to(model.device), batch.lengths)
-        total += supervised_loss(hidden, batch.targets.to(model.device), model.lm_head.weight).item()
+        total += supervised_loss(hidden, batch.targets.to(model.device), model.lm_head).item()
         supervised += batch.supervised
     model.train()
     return total / supervised
@@ -340,7 +340,7 @@ def train(config: Config, prepared: Prepared) -> None:
             loss = 0.0
             for batch in batches:
                 hidden = model.model(batch.input_ids.to(device), batch.lengths)
-                summed = supervised_loss(hidden, batch.targets.to(device), model.lm_head.weight)
+                summed = supervised_loss(hidden, batch.targets.to(device), model.lm_head)
                 # Divided by the answers' tokens of the whole step, so that every one of them weighs the same.
                 (summed / supervised).backward()
                 loss += summed.item() / supervised

@@ -1,5 +1,8 @@
 """The chunked loss is torch's cross entropy at the supervised positions, and so is its gradient."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +24,14 @@ def problem(supervised: int = 10) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, targets, torch.randn(VOCAB, D, generator=generator)
 
 
+def head_of(weight: Tensor, scale: float = 1.0, cap: float | None = None) -> Any:
+    """What the loss asks of an output head."""
+    return SimpleNamespace(weight=weight, scale=scale, softcap=cap)
+
+
 def loss_and_gradient(hidden: Tensor, targets: Tensor, head: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     hidden = hidden.clone().requires_grad_()
-    total = supervised_loss(hidden, targets, head)
+    total = supervised_loss(hidden, targets, head_of(head))
     (gradient,) = torch.autograd.grad(scale * total, hidden)
     return total.detach(), gradient
 
@@ -48,6 +56,28 @@ def test_loss_and_gradient_are_those_of_cross_entropy_whatever_the_chunk(
     for ours, theirs in zip(loss_and_gradient(*arguments), dense(*arguments), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 256])
+@pytest.mark.parametrize(("scale", "cap"), [(0.125, None), (1.0, 2.0), (3.0, 1.5)])
+@pytest.mark.parametrize("trained", [False, True])
+def test_scale_and_cap_of_the_logits_and_a_trained_head(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, scale: float, cap: float | None, trained: bool
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    hidden, targets, weight = problem()
+    hidden.requires_grad_()
+    weight.requires_grad_(trained)
+    logits = scale * (hidden @ weight.T)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    total = supervised_loss(hidden, targets, head_of(weight, scale, cap))
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    inputs = (hidden, weight) if trained else (hidden,)
+    theirs = torch.autograd.grad(0.7 * expected, inputs)
+    for ours, other in zip(torch.autograd.grad(0.7 * total, inputs), theirs, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
@@ -111,7 +141,7 @@ def test_for_backward_only_a_gradient_as_large_as_the_answers_hidden_states_is_k
     hidden, targets, head = problem()
     hidden.requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        supervised_loss(hidden, targets, head)
+        supervised_loss(hidden, targets, head_of(head))
     floats = [tuple(tensor.shape) for tensor in saved if tensor.is_floating_point()]
     assert floats == [(10, D)]
 
@@ -123,5 +153,5 @@ def test_without_gradient_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "cast_linear_backward", refuse)
     hidden, targets, head = problem()
     with torch.no_grad():
-        total = supervised_loss(hidden.requires_grad_(), targets, head)
+        total = supervised_loss(hidden.requires_grad_(), targets, head_of(head))
     torch.testing.assert_close(total, dense(hidden.detach(), targets, head, 1.0)[0])
