@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -38,6 +37,7 @@ from minqlora.checkpoint import (
     replace_parameter,
 )
 from minqlora.files import SAVED_QUANT_TYPES, Checkpoint, companions, write_atomically, write_checkpoint
+from minqlora.loss import supervised_loss
 from minqlora.model import Block, CausalLM
 from minqlora.tokenizer import Tokenizer
 from options import REQUIRED, option, parse, user_errors
@@ -244,12 +244,9 @@ def perplexities(
 
 def _perplexity(model: CausalLM, hidden: list[Tensor], windows: Tensor) -> float:
     # hidden: of each window (1, T, D), as the last block leaves it.
-    loss, chunk = 0.0, 256  # positions whose logits exist at a time
+    loss = 0.0
     for x, window in zip(hidden, windows, strict=True):
-        for states, targets in zip(
-            model.model.norm(x)[0, :-1].split(chunk), window[1:].split(chunk), strict=True
-        ):
-            loss += F.cross_entropy(model.logits(states).float(), targets, reduction="sum").item()
+        loss += supervised_loss(model.model.norm(x)[:, :-1], window[None, 1:], model.lm_head).item()
     return math.exp(loss / windows[:, 1:].numel())
 
 
