@@ -26,10 +26,10 @@ paper" below.
 """
 
 from minqlora import reference
-from minqlora.adapter import load_adapter, save_adapter
+from minqlora.adapter import add_lora, load_adapter, save_adapter
 from minqlora.checkpoint import load_model
 from minqlora.generate import generate
-from minqlora.lora import LoRALinear, add_lora
+from minqlora.lora import LoRALinear, merge_lora, set_adapter
 from minqlora.nf4 import NF4Tensor
 from minqlora.optim import PagedAdamW
 
@@ -41,6 +41,8 @@ __all__ = [
     "generate",
     "load_adapter",
     "load_model",
+    "merge_lora",
     "reference",
     "save_adapter",
+    "set_adapter",
 ]

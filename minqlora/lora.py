@@ -70,7 +70,7 @@ from minqlora.matmul import cast_linear
 from minqlora.nf4 import NF4Tensor
 
 # Initialisations. The residual ones take out of the base what the adapter starts with.
-_PLAIN = ("default", "gaussian", "orthogonal")
+PLAIN_INITS = ("default", "gaussian", "orthogonal")
 _RESIDUAL = ("pissa", "olora")
 
 
@@ -215,7 +215,8 @@ class LoRALinear(nn.Module):
             y = self._add_product(y, self.dropout(flat), self.lora_A, self.lora_B)
         else:
             y = self._add_product(F.linear(flat, self.weight), self.dropout(flat), self.lora_A, self.lora_B)
-            # m / |.| is close to 1, and bfloat16 has no number between 1 and 1.008: the rest is rounded.
+            # m / |.| is close to 1, and bfloat16 has no number between 1 and 1.0078: what is rounded is
+            # the distance from 1.
             stretch = (self.lora_magnitude_vector / self.row_norm() - 1).to(y.dtype)  # (N,)
             y = torch.addcmul(y, y, stretch)
             y = y if self.bias is None else y + self.bias.to(y.dtype)
@@ -291,7 +292,8 @@ class TrainedTokens(nn.Module):
 
     def __init__(self, base: nn.Module, tokens: list[int], rows: nn.Parameter | None = None):
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base, self.token_ids = base.requires_grad_(False), list(tokens)
+        self.is_tied = rows is not None
         weight = self.weight
         ids = torch.tensor(tokens, device=weight.device)
         if rows is None:
@@ -327,7 +329,7 @@ class TrainedTokens(nn.Module):
         weight = weight.dequantize() if isinstance(weight, NF4Tensor) else weight.clone()
         trained = self.rows.weight
         assert isinstance(trained, Tensor)
-        return weight.index_copy_(0, self.tokens.to(weight.device), trained.to(weight))
+        return weight.index_copy_(0, torch.tensor(self.token_ids, device=weight.device), trained.to(weight))
 
 
 def decoded(weight: Tensor) -> Tensor:
@@ -403,8 +405,8 @@ def _is_target(path: str, config: LoRAConfig) -> bool:
         return False
     if not _matches(path, config.target_modules):
         return False
-    wanted = config.layers_to_transform
-    if wanted is None or wanted == [] or path in config.target_modules:
+    wanted, is_all = config.layers_to_transform, config.target_modules == "all-linear"
+    if wanted is None or wanted == [] or (path in config.target_modules and not is_all):
         return True
     # The first number in the path is the block's; a second one would be an expert's.
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
@@ -629,7 +631,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 def _require_possible(model: nn.Module, config: LoRAConfig, targets: Iterable[str], base: Any) -> None:
     # Before anything is changed: what the init asks of the weights.
-    if config.init in _PLAIN:
+    if config.init in PLAIN_INITS:
         if config.init == "orthogonal" and any(config.size(path)[0] % 2 for path in targets):
             raise ValueError("init orthogonal needs even ranks")
         return
@@ -668,9 +670,9 @@ def start(model: nn.Module, path: str, init: str, base: Any = None) -> None:
         layer.lora_A.copy_(A)
         layer.lora_B.copy_(B)
         if init != "loftq":
-            take_out(model, path, weight, A, B)
-    if layer.lora_magnitude_vector is not None and init not in ("default", "gaussian"):
-        layer.reset_magnitude()
+            take_out(model, path, base, A, B)
+        elif layer.lora_magnitude_vector is not None:
+            layer.reset_magnitude()
 
 
 def leading_part(weight: Tensor, init: str, r: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -692,16 +694,23 @@ def leading_part(weight: Tensor, init: str, r: int, scaling: float) -> tuple[Ten
     return root[:, None] * Vh[:r], U[:, :r] * root
 
 
-def take_out(model: nn.Module, path: str, weight: Tensor, A: Tensor, B: Tensor) -> None:
-    """Replace a layer's weight by weight - scaling B A, quantized as it was, and remember A and B.
+@torch.no_grad()
+def take_out(model: nn.Module, path: str, base: Any, A: Tensor, B: Tensor) -> None:
+    """Replace a layer's weight W by W - scaling B A, quantized as it was, and remember A and B.
 
-    weight: (N, K) float32, full-precision; written over.
+    base: has the full-precision W; None: the layer itself.
     """
     layer = lora_layers(model)[path]
-    layer.initial_A, layer.initial_B = A.clone(), B.clone()
-    residual = _like(layer.weight, weight.addmm_(B, A, alpha=-layer.scaling))
-    layer.weight = nn.Parameter(residual, requires_grad=False)
+    if layer.weight.is_meta:
+        layer.initial_A, layer.initial_B = A, B
+        return
+    layer.initial_A, layer.initial_B = A.to(layer.weight.device), B.to(layer.weight.device)
+    full = read_full(base, f"{path}.weight", layer.weight)
+    residual = full.addmm_(layer.initial_B, layer.initial_A, alpha=-layer.scaling)
+    layer.weight = nn.Parameter(_like(layer.weight, residual), requires_grad=False)
     adapters(model).base[path].register_parameter("weight", layer.weight)  # or the old one would stay
+    if layer.lora_magnitude_vector is not None:
+        layer.reset_magnitude()
 
 
 def _like(old: Tensor, weight: Tensor) -> Tensor:
@@ -760,8 +769,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return a model's trained parameters in groups for an optimizer, by LoRA+.
 
-    loraplus_lr_ratio: the learning rate of lora_B, and of all vectors, against `lr`; None is one group. Norms
-    decay in neither case. Source: LoRA+, "Choosing the ratio"; the groups are those of PEFT.
+    loraplus_lr_ratio: the learning rate of lora_B, and of all vectors, against `lr`, and vectors other than
+    DoRA's then do not decay; None is one group. Source: LoRA+; the groups are those of PEFT.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if loraplus_lr_ratio is None:
@@ -796,6 +805,7 @@ def merge_lora(model: nn.Module, *, dtype: torch.dtype | None = None) -> list[st
     packed = [path for path, layer in lora_layers(model).items() if isinstance(layer.weight, NF4Tensor)]
     if packed and dtype is None:
         raise ValueError(f"{packed[0]} is in 4 bits: give a dtype to decode to, such as torch.bfloat16")
+    tied: dict[int, nn.Parameter] = {}  # by the rows that an embedding and a head share, their one weight
     for path, module in active.modules.items():
         base = held.base[path]
         for name, parameter in base.named_parameters():
@@ -803,8 +813,10 @@ def merge_lora(model: nn.Module, *, dtype: torch.dtype | None = None) -> list[st
                 merged = module.merged() if name == "weight" else parameter
             else:
                 merged = module.get_parameter(name)
-            merged = nn.Parameter(merged.detach().to(dtype or parameter.dtype), requires_grad=False)
-            base.register_parameter(name, merged)
+            new = nn.Parameter(merged.detach().to(dtype or parameter.dtype), requires_grad=False)
+            if isinstance(module, TrainedTokens):
+                new = tied.setdefault(id(module.rows.weight), new)
+            base.register_parameter(name, new)
         _place(model, path, base)
     vars(model).pop("_adapters")
     return list(active.modules)

@@ -1,4 +1,4 @@
-"""Chapter 15. The loss: cross entropy without the logits of a batch.
+"""Chapter 16. The loss: cross entropy without the logits of a batch.
 
 Only answers are learned from, so only their positions need logits; and logits are wide: 512 positions of a
 49,152-word vocabulary are 100 MB in float32, their gradient as much again. Here supervised positions go
@@ -9,7 +9,7 @@ begins::
     -> 3 positions are kept -> logits of a chunk (<= 256, vocab) -> its loss and d loss / d hidden -> dropped
 
 What stays for the backward pass is the gradient of the hidden states, as large as they are. A frozen head
-pays no gradient of its own.
+pays no gradient of its own; a trained one gets its from the same chunks, and so do some tokens' trained rows.
 
 The loss is a *sum* over positions: whoever divides must know how many answers a whole optimizer step holds,
 and a mean taken earlier would weigh a short answer's tokens more than a long one's.
@@ -24,24 +24,32 @@ Before: data. Next: generate.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minqlora.data import IGNORE
+from minqlora.lora import TrainedTokens
 from minqlora.matmul import cast_linear, cast_linear_backward
 from minqlora.model import Head
 
 CHUNK = 256  # positions whose logits exist at a time: 50 MB of float32 at a vocabulary of 49,152
 
 
-def supervised_loss(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+def supervised_loss(hidden: Tensor, targets: Tensor, head: Head | TrainedTokens) -> Tensor:
     """Return the summed cross entropy over all supervised positions, float32 ().
 
     hidden: (B, T, D), differentiable. targets: (B, T) int64, the next token at each position, or -100 where
-    none is learned. head: the model's output head, whose scale and cap the logits get; its weight receives a
-    gradient if it is trained. Zero if no position is supervised.
+    none is learned. head: the model's output head, whose scale and cap the logits get; what is trained of it
+    receives a gradient. Zero if no position is supervised.
     """
     kept = targets != IGNORE  # (B, T)
-    return LinearCrossEntropy.apply(hidden[kept], targets[kept], head.weight, head.scale, head.softcap)
+    if isinstance(head, TrainedTokens):
+        base, rows, tokens = head.base, head.rows.weight, head.tokens
+    else:
+        base, rows, tokens = head, hidden.new_empty(0, hidden.shape[-1]), targets.new_empty(0)
+    return LinearCrossEntropy.apply(
+        hidden[kept], targets[kept], base.weight, base.scale, base.softcap, rows, tokens
+    )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -49,23 +57,37 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, scale: float, cap: float | None
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weight: Tensor,
+        scale: float,
+        cap: float | None,
+        rows: Tensor,
+        tokens: Tensor,
     ) -> Tensor:
-        """Return the sum. hidden: (n, D); targets: (n,) int64; weight: (vocab, D); scale, cap: of logits."""
+        """Return the sum.
+
+        hidden: (n, D). targets: (n,) int64. weight: (vocab, D). scale, cap: of logits. rows: (n_tokens, D),
+        in the place of the weight's own for `tokens`, (n_tokens,) int64; there may be none.
+        """
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Float32: a sum over all positions. A frozen head has none.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        grad_rows = torch.zeros_like(rows, dtype=torch.float32) if ctx.needs_input_grad[5] else None
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
-            logits = cast_linear(hidden[chunk], weight).float().mul_(scale)  # (chunk, vocab)
+            logits = cast_linear(hidden[chunk], weight)  # (chunk, vocab)
+            logits.index_copy_(1, tokens, F.linear(hidden[chunk], rows.to(hidden.dtype)))
+            logits = logits.float().mul_(scale)
             if cap is not None:
                 logits = logits.div_(cap).tanh_().mul_(cap)
             slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
             wanted = targets[chunk, None]
             log_normalizer = logits.logsumexp(dim=1, keepdim=True)
             total += (log_normalizer - logits.gather(1, wanted)).sum()
-            if grad_hidden is None and grad_weight is None:
+            if not any(ctx.needs_input_grad):
                 continue
             # d loss / d logits = softmax - one-hot, written over the logits
             grad_logits = logits.sub_(log_normalizer).exp_()
@@ -73,21 +95,22 @@ class LinearCrossEntropy(torch.autograd.Function):
             if slope is not None:
                 grad_logits.mul_(slope)
             grad_logits.mul_(scale)
+            grad_own = grad_logits[:, tokens]  # (chunk, n_tokens)
+            grad_logits.index_fill_(1, tokens, 0.0)  # the weight's rows for them were not used
+            if grad_rows is not None:
+                grad_rows.addmm_(grad_own.T, hidden[chunk].float())
             if grad_hidden is not None:
                 grad_hidden[chunk] = cast_linear_backward(grad_logits.to(hidden.dtype), weight)
+                grad_hidden[chunk] += grad_own.to(hidden.dtype) @ rows.to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, hidden[chunk].float())
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        """Return the gradients of hidden states and weight, made in forward, times that of the sum."""
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
-            None,
-            None if grad_weight is None else grad_weight * grad,
-            None,
-            None,
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of hidden states, weight and rows, made in forward, times that of the sum."""
+        of_hidden, of_weight, of_rows = (
+            None if made is None else made * grad.to(made.dtype) for made in ctx.saved_tensors
         )
+        return of_hidden, None, of_weight, None, None, of_rows, None

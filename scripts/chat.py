@@ -137,7 +137,9 @@ def main() -> None:
         # __post_init__ found them.
         assert config.model and config.block_size and config.double_quant is not None
         source = find_model(config.model)
-        tokenizer = Tokenizer(source)
+        # A run that added tokens has a tokenizer of its own.
+        own = config.adapter is not None and (config.adapter / "tokenizer_config.json").is_file()
+        tokenizer = Tokenizer(config.adapter if config.adapter and own else source)
         device = choose_device(config.device)
         dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
         model = load_model(
@@ -151,7 +153,7 @@ def main() -> None:
             cache=config.cache,
         )
         if config.adapter is not None:
-            load_adapter(model, config.adapter)
+            load_adapter(model, config.adapter, base=source)
         model.eval()
     options = dict(
         max_new_tokens=config.max_new_tokens,

@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from minqlora import PagedAdamW, add_lora, load_model, save_adapter
@@ -35,6 +37,7 @@ from minqlora.checkpoint import default_dtype, find_model, quantized_size
 from minqlora.codebook import QUANT_TYPES
 from minqlora.data import Batch, Example, collate, load_dataset, shuffled, split
 from minqlora.files import SAVED_QUANT_TYPES, write_atomically
+from minqlora.lora import LoRAConfig, TrainedTokens, parameter_groups
 from minqlora.loss import supervised_loss
 from minqlora.model import CausalLM
 from minqlora.run import MetricsLog, environment, next_run_folder, peak_memory_gib, require_unused
@@ -84,7 +87,29 @@ class Config:
         0.0, "dropout before the adapters, for small datasets (the paper: 0.1 to 13B, 0.05 above)"
     )
     lora_target_modules: list[str] = option(
-        ["all-linear"], "layers to adapt: all-linear, or names such as q_proj v_proj"
+        ["all-linear"],
+        "layers to adapt: all-linear, names such as q_proj v_proj, or a regular expression for whole paths",
+    )
+    lora_rank_pattern: list[str] | None = option(None, "ranks of some layers, as in q_proj=8 mlp.up_proj=16")
+    lora_alpha_pattern: list[str] | None = option(None, "alphas of some layers, likewise")
+    layers_to_transform: list[int] | None = option(None, "adapt only these blocks, counted from 0")
+    use_rslora: bool = option(
+        False, "scale by alpha / sqrt(r): a larger rank then learns as fast as a small one"
+    )
+    use_dora: bool = option(False, "train the length of each weight's rows apart from their direction")
+    init_lora_weights: str = option(
+        "default",
+        "where adapters start: default, gaussian, orthogonal; pissa, pissa_niter_N, olora or loftq read the "
+        "full-precision weights again",
+    )
+    loraplus_lr_ratio: float | None = option(
+        None, "learning rate of lora_B against --learning_rate; LoRA+ suggests 16 (default: 1)"
+    )
+    modules_to_save: list[str] | None = option(
+        None, "modules to train whole, in float32, by the end of their names: embed_tokens, lm_head, norm"
+    )
+    new_tokens: list[str] | None = option(
+        None, "words to be one token each, whose rows of embedding and head are trained"
     )
 
     max_seq_length: int = option(1024, "longest example in tokens; longer ones are cut and counted")
@@ -145,10 +170,46 @@ class Config:
             raise ValueError(f"--cache keeps 4-bit weights of the types {' and '.join(SAVED_QUANT_TYPES)}")
         if self.quantize_embeddings and self.bits != 4:
             raise ValueError("--quantize_embeddings and --bits 16 contradict each other")
+        if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio <= 0:
+            raise ValueError(f"--loraplus_lr_ratio must be positive, got {self.loraplus_lr_ratio}")
+        LoRAConfig(**self.lora_options())  # which says what cannot be
         if not self.dataset:
             raise ValueError("--dataset needs at least one file")
         if self.eval_dataset and self.val_size:
             raise ValueError("--eval_dataset and --val_size both say what to evaluate on; give one")
+
+    def lora_options(self) -> dict[str, Any]:
+        """Return what `add_lora` is to be told."""
+        targets: list[str] | str = self.lora_target_modules
+        if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
+            targets = targets[0]
+        return dict(
+            r=self.lora_r,
+            alpha=self.lora_alpha,
+            dropout=self.lora_dropout,
+            target_modules=targets,
+            rank_pattern=pairs("lora_rank_pattern", self.lora_rank_pattern, int),
+            alpha_pattern=pairs("lora_alpha_pattern", self.lora_alpha_pattern, float),
+            layers_to_transform=self.layers_to_transform,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            init=self.init_lora_weights,
+            modules_to_save=self.modules_to_save or [],
+        )
+
+
+def pairs(name: str, items: list[str] | None, kind: type[int] | type[float]) -> dict[str, Any]:
+    """Return `key=number` texts as a dictionary; ValueError, naming the option, for what is none."""
+    found: dict[str, Any] = {}
+    for item in items or []:
+        key, _, value = item.rpartition("=")
+        try:
+            found[key] = kind(value)
+        except ValueError:
+            key = ""
+        if not key:
+            raise ValueError(f"--{name} is a list such as q_proj=8 mlp.up_proj=16, got {item!r}")
+    return found
 
 
 # ---- preparation: every mistake a user can make shows here, before anything is written ---------------------
@@ -180,6 +241,13 @@ def prepare(config: Config) -> Prepared:
     source = find_model(config.model)
     arch = read_architecture(source)
     tokenizer = Tokenizer(source)
+    new_pieces = [tokenizer.encode(token) for token in config.new_tokens or []]
+    new_ids = tokenizer.add_tokens(config.new_tokens or [])
+    if new_ids and max(new_ids) >= arch.vocab_size:
+        raise ValueError(
+            f"--new_tokens: the model has rows for {arch.vocab_size} tokens and none to spare for "
+            f"{tokenizer.token(max(new_ids))!r}; name tokens that it has, or take a model with more rows"
+        )
     if tokenizer.vocab_size > arch.vocab_size:
         raise ValueError(
             f"{config.model}: tokenizer.json has {tokenizer.vocab_size} tokens, but config.json says "
@@ -212,24 +280,34 @@ def prepare(config: Config) -> Prepared:
         print(f"          {config.quant_type} is for comparison: of 4-bit weights only {saved} can be saved")
     chosen = "as asked" if config.dtype else "what this hardware does well"
     print(f"compute   {str(dtype).removeprefix('torch.')} on {device} ({chosen})")
-    targets = config.lora_target_modules
-    adapted = add_lora(
-        model,
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-    )
+    options = config.lora_options()
+    if new_ids:
+        options["trainable_token_indices"] = {"embed_tokens": new_ids, "lm_head": new_ids}
+    adapted = add_lora(model, base=source, **options)
+    start_new_tokens(model, new_pieces)
     model.model.gradient_checkpointing = config.gradient_checkpointing
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"adapters  rank {config.lora_r} on {len(adapted)} layers: {trained:,} parameters to train")
+    if LoRAConfig(**options).is_residual:
+        print(f"          the base's weights are what {config.init_lora_weights} has left of them")
 
     require_unused(folder)  # again: loading takes a while, and another run may have come first
     folder.mkdir(parents=True, exist_ok=True)
     log = MetricsLog(folder)
     write_atomically(folder / "config.yaml", to_yaml(config).encode())
     write_atomically(folder / "environment.json", as_json(environment(device, dtype)))
+    if new_ids:
+        tokenizer.save(folder)
     return Prepared(model, train, held_out, folder, log)
+
+
+@torch.no_grad()
+def start_new_tokens(model: CausalLM, pieces: list[list[int]]) -> None:
+    """Let each new token's rows start as the mean of the rows of the tokens that it was before."""
+    for module in (model.model.embed_tokens, model.lm_head) if pieces else ():
+        assert isinstance(module, TrainedTokens)
+        for row, ids in zip(module.rows.get_parameter("weight"), pieces, strict=True):
+            row.copy_(F.embedding(torch.tensor(ids, device=model.device), module.weight).float().mean(0))
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -310,10 +388,8 @@ def train(config: Config, prepared: Prepared) -> None:
     device = model.device
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = PagedAdamW(
-        trained,
-        lr=config.learning_rate,
+        parameter_groups(model, config.learning_rate, config.weight_decay, config.loraplus_lr_ratio),
         betas=(0.9, config.adam_beta2),
-        weight_decay=config.weight_decay,
     )
     examples_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     steps_per_epoch = math.ceil(len(prepared.train) / examples_per_step)
@@ -384,7 +460,7 @@ def train(config: Config, prepared: Prepared) -> None:
                 window_began = time.perf_counter()
     log_evaluation(step=total_steps)
     log.close()
-    save_adapter(model, folder, base_model=config.model.name)
+    save_adapter(model, folder, base_model=str(config.model))
     write_atomically(folder / "completed", b"")
     print(
         f"saved     {folder}, after {time.perf_counter() - began:.0f} s; "
@@ -400,7 +476,7 @@ def main() -> None:
     try:
         train(config, prepared)
     except KeyboardInterrupt:
-        save_adapter(prepared.model, prepared.folder, base_model=config.model.name)
+        save_adapter(prepared.model, prepared.folder, base_model=str(config.model))
         print(f"\ninterrupted: the adapter as it stands is in {prepared.folder}", file=sys.stderr)
         sys.exit(130)
     except FloatingPointError as error:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minqlora import NF4Tensor, load_model
+from minqlora import LoRALinear, NF4Tensor, add_lora, load_model
 from minqlora.architecture import both_spellings, read_architecture
 from minqlora.loss import supervised_loss
 from minqlora.model import CausalLM, KVCache
@@ -257,6 +257,29 @@ def test_in_4_bits_it_is_the_same_model_with_rounded_weights(tmp_path: Path, fam
     matrices = {name for name, p in dense.model.layers.named_parameters() if p.dim() == 2}
     routers = {name for name in matrices if name.endswith(".gate.weight")}
     assert {f"model.layers.{name}" for name in matrices - routers} == set(quantized)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_train_on_a_4_bit_model_of_every_family(tmp_path: Path, family: str) -> None:
+    write_model(tmp_path, family, FAMILIES[family][0])
+    model = load_model(tmp_path, block_size=32, dtype=torch.float32)
+    adapted = add_lora(model, r=4, alpha=8)
+    linear = {name for name, module in model.model.named_modules() if isinstance(module, LoRALinear)}
+    assert {f"model.{name}" for name in linear} == set(adapted)
+    assert not any(".experts." in name or name.endswith(".gate") for name in adapted)
+    model.train().model.gradient_checkpointing = True
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.02)
+    text = ids(1, 9)
+    targets = torch.cat([text[:, 1:], torch.full((1, 1), -100)], 1)
+    losses = []
+    for _ in range(15):
+        loss = supervised_loss(model.model(text, [15, 25]), targets, model.lm_head) / (T - 1)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.3
 
 
 # -- spellings ---------------------------------------------------------------------------------------------

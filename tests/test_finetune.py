@@ -121,6 +121,7 @@ def test_the_loss_falls_on_rows_of_every_format(
     assert [row["step"] for row in evaluations] == [0, 15]
     assert evaluations[1]["eval_loss"] < 0.7 * evaluations[0]["eval_loss"]
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "completed",

@@ -14,7 +14,21 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
-from minqlora.lora import LoRALinear, adapters_disabled, add_lora, find_targets, lora_layers
+from minqlora import lora
+from minqlora.lora import (
+    LoRAConfig,
+    LoRALinear,
+    TrainedTokens,
+    adapters_disabled,
+    add_lora,
+    find_modules_to_save,
+    find_targets,
+    leading_part,
+    lora_layers,
+    merge_lora,
+    parameter_groups,
+    set_adapter,
+)
 from minqlora.nf4 import Format, NF4Tensor
 
 peft = pytest.importorskip("peft")
@@ -223,6 +237,125 @@ def test_print_describes_a_layer_in_one_line():
     assert "in_features=11, out_features=6, r=2, alpha=6" in repr(lora_layer(11, 6))
 
 
+# -- variants ------------------------------------------------------------------------------------------------
+
+
+def dora_layer(k: int, n: int, **options) -> LoRALinear:
+    layer = LoRALinear(nf4_layer(k, n, **options), r=RANK, alpha=6, use_dora=True)
+    with torch.no_grad():
+        layer.lora_A.copy_(randn(RANK, k, seed=1) / k**0.5)
+        layer.lora_B.copy_(randn(n, RANK, seed=2))
+        layer.lora_magnitude_vector.mul_(1 + 0.1 * randn(n, seed=3))
+    return layer
+
+
+def test_rslora_scales_by_alpha_over_the_root_of_r():
+    assert LoRALinear(nn.Linear(5, 3), r=16, alpha=8, use_rslora=True).scaling == 2.0
+
+
+def test_new_dora_leaves_the_base_as_it_is():
+    linear = nf4_layer(11, 6, bias=True)
+    x = randn(3, 11)
+    torch.testing.assert_close(LoRALinear(linear, r=2, alpha=6, use_dora=True)(x), linear(x))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 30.0])
+def test_doras_norm_in_three_parts_is_the_norm(size: float):
+    layer = dora_layer(96, 40)
+    with torch.no_grad():
+        layer.lora_B.mul_(size)
+    weight = layer.weight.dequantize(torch.float64)
+    direct = (weight + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
+    torch.testing.assert_close(layer.row_norm().double(), direct, rtol=1e-6, atol=0)
+
+
+def test_doras_norm_survives_an_adapter_that_takes_the_weight_away():
+    linear = nn.Linear(8, 6, bias=False)
+    layer = LoRALinear(linear, r=6, alpha=6, use_dora=True)
+    with torch.no_grad():
+        layer.lora_B.copy_(torch.eye(6))
+        layer.lora_A.copy_(-linear.weight)
+    assert layer(randn(2, 8)).isfinite().all()
+    assert (layer.row_norm() < 1e-3).all()  # the root of a float32's rounding
+
+
+def test_doras_output_and_gradients_are_those_of_peft():
+    ours, base = dora_layer(11, 6, bias=True), nn.Linear(11, 6)
+    base.weight.data, base.bias = ours.weight.dequantize(), ours.bias
+    options = dict(r=RANK, lora_alpha=6)
+    theirs = peft.tuners.lora.Linear(
+        base.requires_grad_(False), "default", config=peft.LoraConfig(use_dora=True, **options), **options
+    )
+    theirs.lora_A["default"].weight.data.copy_(ours.lora_A.data)
+    theirs.lora_B["default"].weight.data.copy_(ours.lora_B.data)
+    theirs.lora_magnitude_vector["default"].weight.data.copy_(ours.lora_magnitude_vector.data)
+    assert_near([run(layer, layer, 2, 3, 11) for layer in (ours, theirs)])
+
+
+def test_doras_stretch_is_not_rounded_to_bfloat16():
+    layer, x = dora_layer(64, 6, dtype=torch.bfloat16), randn(200, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.lora_magnitude_vector.copy_(layer.row_norm() * 1.005)  # between bfloat16's 1 and 1.0078
+        stretched = layer(x).float()
+        layer.lora_magnitude_vector.copy_(layer.row_norm())
+        plain = layer(x).float()
+    ratio = (stretched * plain).sum(0) / plain.square().sum(0)
+    assert (ratio - 1.005).abs().max() < 1.5e-3  # a factor rounded to bfloat16 would be 2.8e-3 off
+
+
+def test_dora_saves_its_output_for_backward_and_nothing_dequantized():
+    layer = dora_layer(*WIDTHS[:2])
+    y, kept = saved_tensors(layer, randn(T, WIDTHS[0]).requires_grad_())
+    assert all(t.numel() < SMALLEST for t in kept if t.is_floating_point())
+    inputs, projections, outputs, vectors = T * WIDTHS[0], T * RANK, T * WIDTHS[1], 2 * WIDTHS[1]
+    assert saved_bytes(layer, kept) == 4 * (inputs + projections + outputs + vectors)
+
+
+def test_dora_compiles():
+    layer = dora_layer(*WIDTHS[:2], bias=True)
+    compiled = torch.compile(layer, backend=compiled_by(default_partition), fullgraph=True)
+    assert_near([run(layer, f, T, WIDTHS[0]) for f in (layer, compiled)])
+
+
+def test_in_eval_mode_doras_norm_is_kept_until_something_changes(monkeypatch: pytest.MonkeyPatch):
+    layer, calls, norm = dora_layer(11, 6).eval(), [], LoRALinear._row_norm
+    monkeypatch.setattr(LoRALinear, "_row_norm", lambda self: calls.append(1) or norm(self))
+    x = randn(2, 11)
+    first = layer(x)
+    assert torch.equal(layer(x), first) and len(calls) == 1
+    with torch.no_grad():
+        layer.lora_B.mul_(2)
+    assert not torch.equal(layer(x), first) and len(calls) == 2
+    layer.train()(x), layer(x)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "pissa_niter_3", "olora"])
+def test_a_start_is_drawn_as_peft_draws_it(init: str):
+    model = nn.ModuleDict(dict(q_proj=nn.Linear(11, 7)))
+    base = copy.deepcopy(model.q_proj)
+    before = base.weight.clone()
+    config = peft.LoraConfig(init_lora_weights=init)
+    theirs = peft.tuners.lora.Linear(base, "default", config=peft.LoraConfig(), r=4, lora_alpha=6)
+    torch.manual_seed(0)
+    if init.startswith("pissa"):
+        theirs.pissa_init("default", init)
+    elif init == "olora":
+        theirs.olora_init("default")
+    elif init == "orthogonal":
+        theirs.orthogonal_init("default")
+    else:
+        theirs.reset_lora_parameters("default", config.init_lora_weights)
+    model.q_proj.weight.data.copy_(before)
+    add_lora(model, r=4, alpha=6)
+    torch.manual_seed(0)
+    lora.start(model, "q_proj", init)
+    layer = model.q_proj
+    torch.testing.assert_close(layer.lora_A, theirs.lora_A["default"].weight)
+    torch.testing.assert_close(layer.lora_B, theirs.lora_B["default"].weight)
+    torch.testing.assert_close(layer.weight, theirs.base_layer.weight, rtol=1e-5, atol=1e-6)
+
+
 # -- what is saved for backward ------------------------------------------------------------------------------
 
 
@@ -428,6 +561,64 @@ def test_rules_for_targets_are_those_of_peft(target_modules: str | list[str]):
     assert add_lora(TinyModel(), target_modules=target_modules) == theirs.base_model.targeted_module_names
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=["q_proj"], exclude_modules=["layers.0.attn.q_proj"]),
+        dict(target_modules=r".*proj", exclude_modules=r".*attn.*"),
+        dict(target_modules=["q_proj", "up_proj"], layers_to_transform=1),
+        dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[0, 1], layers_pattern="layers"),
+        dict(target_modules=["attn.q_proj"], layers_to_transform=[1], layers_pattern=["h", "layers"]),
+        dict(target_modules=["layers.0.attn.q_proj", "o_proj"], layers_to_transform=[1]),
+        dict(target_modules=["q_proj", "o_proj"], layers_to_transform=[]),
+        dict(target_modules=["q_proj"], rank_pattern={"q_proj": 3, "layers.0.attn.q_proj": 5}),
+        dict(target_modules=["q_proj"], rank_pattern={"layers.0.attn.q_proj": 5, "q_proj": 3}),
+        dict(target_modules=["q_proj"], rank_pattern={r"layers\.\d": 3, "proj": 4, r".*\.1\..*": 6}),
+        dict(target_modules=["q_proj", "mq_proj"], alpha_pattern={"q_proj": 3}, use_rslora=True),
+    ],
+    ids=str,
+)
+def test_layers_ranks_and_scalings_are_those_of_peft(options: dict):
+    theirs = peft.get_peft_model(TinyModel(), peft.LoraConfig(r=2, lora_alpha=5, **options)).base_model.model
+    expected = {
+        name: (module.r["default"], module.scaling["default"])
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.Linear)
+    }
+    config = LoRAConfig(r=2, alpha=5, **options)
+    targets = find_targets(TinyModel(), config)
+    found = {name: (config.size(name)[0], config.scaling(name)) for name in targets}
+    assert found == expected
+
+
+def test_layers_to_transform_narrow_all_linear_too():
+    config = LoRAConfig(layers_to_transform=[1], layers_pattern="layers")
+    names = find_targets(TinyModel(), config)
+    assert names == [f"layers.1.{name}" for name in EVERY_LINEAR]
+
+
+EVERY_LINEAR = [f"attn.{name}_proj" for name in ("q", "mq", "o")] + ["mlp.up_proj", "mlp.down_proj"]
+
+
+class Mixture(nn.Module):
+    """A layer of experts beside an ordinary one of the same name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        expert = nn.ModuleDict(dict(w1=nn.Linear(4, 4), up_proj=nn.Linear(4, 4)))
+        self.sparse = nn.ModuleDict(dict(experts=nn.ModuleList([expert])))
+        self.dense = nn.ModuleDict(dict(up_proj=nn.Linear(4, 4)))
+
+
+def test_experts_take_no_adapter():
+    model = Mixture()
+    for targets in ("all-linear", ["up_proj"], ".*up_proj"):
+        assert find_targets(model, LoRAConfig(target_modules=targets)) == ["dense.up_proj"]
+    for targets in (["up_proj", "w1"], ".*w1"):
+        with pytest.raises(ValueError, match="w1' matches only experts, which take no adapter"):
+            add_lora(model, target_modules=targets)
+
+
 def test_all_linear_means_what_peft_means_by_it():
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -488,6 +679,28 @@ def test_same_seed_same_adapters():
         ({"target_modules": ["embed_tokens"]}, "'embed_tokens' matches no linear layer"),
         ({"target_modules": []}, "target_modules is empty, and so matches no linear layer"),
         ({"target_modules": "("}, r"target_modules '\(' is not a regular expression: missing \)"),
+        ({"rank_pattern": {"(": 2}}, r"pattern '\(' is not a regular expression: missing \)"),
+        ({"rank_pattern": {"q_proj": 0}}, "q_proj must be at least 1, not 0"),
+        ({"rank_pattern": {"k_proj": 4}}, "pattern 'k_proj' matches no adapted layer"),
+        ({"alpha_pattern": {"lm_head": 4}}, "pattern 'lm_head' matches no adapted layer"),
+        ({"layers_pattern": "layers"}, "layers_pattern says where to find the numbers"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": 1}, "layers_to_transform and a regular expr"),
+        ({"layers_to_transform": [7]}, "leave no linear layer to adapt"),
+        ({"exclude_modules": "("}, r"exclude_modules '\(' is not a regular expression"),
+        ({"init": "magic"}, "init must be one of default, gaussian, .*, not 'magic'"),
+        ({"init": "orthogonal", "r": 3}, "orthogonal needs even ranks"),
+        ({"init": "pissa", "r": 5}, "init pissa: layers.0.attn.q_proj is 4 x 4, too small for rank 5"),
+        ({"init": "loftq", "r": 2}, "the model is not in 4 bits"),
+        ({"modules_to_save": ["score"]}, "no module's path ends in 'score'"),
+        ({"modules_to_save": ["o_proj"]}, "trains embeddings, the head and norms, not layers.0.attn.o_proj"),
+        ({"modules_to_save": ["mlp"]}, "trains embeddings, the head and norms, not layers.0.mlp"),
+        ({"trainable_token_indices": [8]}, "8 is none of 8 tokens"),
+        ({"trainable_token_indices": [1, 1]}, "embed_tokens: none, or one twice"),
+        ({"trainable_token_indices": {"norm": [1]}}, "'norm' is no embedding and no head"),
+        (
+            {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+            "embed_tokens is in modules_to_save and so trained whole",
+        ),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_and_the_model_left_alone(options: dict, message: str):
@@ -501,7 +714,7 @@ def test_what_cannot_be_adapted_is_refused_and_the_model_left_alone(options: dic
 def test_all_linear_needs_more_than_a_head():
     model = nn.ModuleDict(dict(lm_head=nn.Linear(4, 8)))
     with pytest.raises(ValueError, match="'all-linear' matches no linear layer"):
-        find_targets(model, "all-linear")
+        find_targets(model, LoRAConfig())
 
 
 def test_adapters_are_not_added_twice():
@@ -543,3 +756,198 @@ def test_an_adapter_that_was_off_before_stays_off():
     with adapters_disabled(model), adapters_disabled(model):
         pass
     assert [name for name, layer in lora_layers(model).items() if not layer.enabled] == ["q_proj"]
+
+
+# -- several, whole modules, tokens --------------------------------------------------------------------------
+
+
+def shake(model: nn.Module, seed: int = 5) -> None:
+    with torch.no_grad():
+        for i, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter += 0.1 * randn(*parameter.shape, seed=seed + i)
+
+
+IDS = torch.tensor([1, 5, 2, 2])
+
+
+def test_adapters_are_switched_and_none_changes_another():
+    model = TinyModel()
+    base, outputs = model(IDS), {}
+    for seed, (name, options) in enumerate({"a": {}, "b": {"modules_to_save": ["norm", "lm_head"]}}.items()):
+        add_lora(model, r=2, name=name, **options)
+        shake(model, seed=100 * seed)
+        outputs[name] = model(IDS)
+    for name in "abab":
+        set_adapter(model, name)
+        assert torch.equal(model(IDS), outputs[name])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {"lm_head.weight", "layers.1.mlp.norm.bias"} < trained and "embed_tokens.weight" not in trained
+    set_adapter(model, None)
+    assert torch.equal(model(IDS), base)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_adapter_comes_back_in_the_models_mode():
+    model = TinyModel()
+    add_lora(model, r=2, dropout=0.5, name="a")
+    set_adapter(model, None)
+    model.eval()
+    set_adapter(model, "a")
+    assert not model.q_proj.training and not model.q_proj.dropout.training
+
+
+def test_a_copied_model_switches_by_itself():
+    model = TinyModel()
+    add_lora(model, r=2)
+    shake(model)
+    twin = copy.deepcopy(model)
+    tuned = model(IDS)
+    set_adapter(twin, None)
+    assert not torch.equal(twin(IDS), tuned) and torch.equal(model(IDS), tuned)
+
+
+def test_any_ending_counts_for_modules_to_save():
+    config = LoRAConfig(modules_to_save=["norm", "tokens"])
+    assert find_modules_to_save(TinyModel(), config) == ["embed_tokens"] + [
+        f"layers.{i}.mlp.norm" for i in "01"
+    ]
+
+
+def test_whole_modules_are_trained_in_float32_whatever_they_were():
+    model = TinyModel().bfloat16()
+    model.embed_tokens.weight = nn.Parameter(
+        NF4Tensor.from_float(model.embed_tokens.weight.detach()), requires_grad=False
+    )
+    original = model.embed_tokens
+    add_lora(model, r=2, modules_to_save=["embed_tokens"])
+    assert model.embed_tokens.weight.dtype == torch.float32 and model.embed_tokens.weight.requires_grad
+    assert torch.equal(model.embed_tokens.weight, original.weight.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_only_the_rows_of_some_tokens_are_trained(quantized: bool):
+    embedding = nn.Embedding(8, 4)
+    if quantized:
+        embedding.weight = nn.Parameter(NF4Tensor.from_float(embedding.weight.detach()), requires_grad=False)
+    before = embedding(torch.arange(8)).detach()
+    module = TrainedTokens(embedding, [5, 2])
+    assert torch.equal(module(torch.arange(8)), before)
+    y = module(torch.tensor([[5, 1], [5, 2]]))
+    y.sum().backward()
+    assert [p.shape for p in module.parameters() if p.grad is not None] == [(2, 4)]
+    assert torch.equal(module.rows.weight.grad, torch.tensor([[2.0], [1.0]]).expand(2, 4))
+    shake(module)
+    changed = (module(torch.arange(8)) != before).any(1)
+    assert changed.nonzero().flatten().tolist() == [2, 5]
+    assert torch.equal(F.embedding(torch.arange(8), module.merged()), module(torch.arange(8)))
+
+
+def test_a_tied_head_follows_its_embeddings_tokens():
+    model = TinyModel()
+    model.lm_head = nn.Linear(4, 8, bias=False)
+    model.lm_head.weight = model.embed_tokens.weight
+    add_lora(model, r=2, trainable_token_indices=[3])
+    assert model.lm_head.rows.weight is model.embed_tokens.rows.weight
+    shake(model)
+    hidden = randn(2, 4)
+    expected = model.lm_head(hidden)
+    torch.testing.assert_close(expected, F.linear(hidden, model.embed_tokens.merged()))
+    merge_lora(model)
+    assert model.lm_head.weight is model.embed_tokens.weight
+    torch.testing.assert_close(model.lm_head(hidden), expected)
+
+
+# -- the optimizer, and merging ------------------------------------------------------------------------------
+
+
+def test_learning_rates_are_those_of_peft_by_loraplus():
+    from peft.optimizers import create_loraplus_optimizer
+
+    options = dict(
+        use_dora=True, modules_to_save=["norm", "embed_tokens"], target_modules=["q_proj", "up_proj"]
+    )
+    theirs = peft.get_peft_model(TinyModel(), peft.LoraConfig(r=2, **options))
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1
+    )
+    rules = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    expected = {
+        name.removeprefix("base_model.model.")
+        .replace(".modules_to_save.default", "")
+        .replace(".default.weight", "")
+        .removesuffix(".default"): rules[id(p)]
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    model = TinyModel()
+    add_lora(model, r=2, **options)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, 1e-3, 0.1, loraplus_lr_ratio=16)
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert found == expected
+    assert set(found.values()) == {(1e-3, 0.1), (1.6e-2, 0.1), (1.6e-2, 0.0)}
+
+
+def test_without_a_ratio_all_parameters_are_one_group():
+    model = TinyModel()
+    add_lora(model, r=2, modules_to_save=["norm"])
+    (group,) = parameter_groups(model, 1e-3, 0.1)
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.1)
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True, "use_rslora": True},
+        {"modules_to_save": ["norm", "lm_head"]},
+        {"trainable_token_indices": [5, 1]},
+        {"init": "pissa"},
+    ],
+    ids=str,
+)
+def test_a_merged_model_computes_what_base_and_adapter_did(options: dict):
+    model = TinyModel()
+    names = [name for name, _ in model.named_parameters()]
+    add_lora(model, r=2, **options)
+    shake(model)
+    expected = model(IDS)
+    assert set(lora_layers(model)) <= set(merge_lora(model))
+    assert not lora_layers(model) and [name for name, _ in model.named_parameters()] == names
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="no active adapter to merge"):
+        merge_lora(model)
+
+
+def test_merging_leaves_4_bits_and_says_so():
+    model = nn.ModuleDict(dict(q_proj=nf4_layer(64, 6, dtype=torch.bfloat16)))
+    add_lora(model, r=2)
+    shake(model)
+    x = randn(3, 64)
+    expected = model.q_proj(x)
+    with pytest.raises(ValueError, match="q_proj is in 4 bits: give a dtype"):
+        merge_lora(model)
+    assert torch.equal(model.q_proj(x), expected)
+    merge_lora(model, dtype=torch.float32)
+    assert type(model.q_proj) is nn.Linear and model.q_proj.weight.dtype == torch.float32
+    torch.testing.assert_close(model.q_proj(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_any_mapping_of_full_precision_weights_is_a_base():
+    linear = nf4_layer(16, 12)
+    full = {"q_proj.weight": randn(12, 16) / 4}
+    model = nn.ModuleDict(dict(q_proj=linear))
+    add_lora(model, r=4, alpha=2, init="pissa", base=full)
+    layer = model.q_proj
+    A, B = leading_part(full["q_proj.weight"], "pissa", 4, 0.5)
+    assert torch.equal(layer.lora_A, A) and torch.equal(layer.lora_B, B)
+    residual = NF4Tensor.from_float(full["q_proj.weight"] - 0.5 * B @ A)
+    assert (
+        layer.weight.packed != residual.packed
+    ).float().mean() < 0.05  # sums of r numbers, otherwise rounded
+    packed = {"q_proj.weight": NF4Tensor.from_float(full["q_proj.weight"])}
+    model = nn.ModuleDict(dict(q_proj=nf4_layer(16, 12)))
+    with pytest.raises(ValueError, match="base has q_proj.weight in 4 bits"):
+        add_lora(model, r=4, init="olora", base=packed)

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minqlora import loss
 from minqlora.data import IGNORE
+from minqlora.lora import TrainedTokens
 from minqlora.loss import supervised_loss
 
 D, VOCAB = 24, 37
@@ -78,6 +79,30 @@ def test_scale_and_cap_of_the_logits_and_a_trained_head(
     theirs = torch.autograd.grad(0.7 * expected, inputs)
     for ours, other in zip(torch.autograd.grad(0.7 * total, inputs), theirs, strict=True):
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 256])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_trained_rows_of_some_tokens_stand_in_for_the_heads(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, cap: float | None
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    hidden, targets, weight = problem()
+    targets[targets == 1] = 5
+    base = nn.Linear(D, VOCAB, bias=False)
+    base.weight.data, base.scale, base.softcap = weight.clone(), 0.4, cap  # type: ignore[assignment]
+    head = TrainedTokens(base, tokens := [5, 0, 36])
+    nn.init.normal_(head.rows.weight)
+    hidden.requires_grad_()
+    rows = head.rows.weight.detach().clone().requires_grad_()
+    logits = 0.4 * (hidden @ weight.index_copy(0, torch.tensor(tokens), rows).T)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    total = supervised_loss(hidden, targets, head)
+    torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(0.7 * total, (hidden, head.rows.weight))
+    for a, b in zip(ours, torch.autograd.grad(0.7 * expected, (hidden, rows)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("head_dtype", [torch.float32, torch.bfloat16])
