@@ -262,9 +262,7 @@ class LoRALinear(nn.Module):
         weight: of the base; None is the layer's own.
         """
         total = decoded(self.weight if weight is None else weight)
-        total = torch.addmm(
-            total, self.lora_B.to(total.device), self.lora_A.to(total.device), alpha=self.scaling
-        )
+        total.addmm_(self.lora_B.to(total.device), self.lora_A.to(total.device), alpha=self.scaling)
         if self.lora_magnitude_vector is None:
             return total
         norm = torch.linalg.vector_norm(total, dim=1)

@@ -224,7 +224,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tokens of the head": {"trainable_token_indices": {"lm_head": [9, 8]}},
 }
 TIED = {"lora", "head", "embedding", "embedding and head"} | {name for name in VARIANTS if "tokens" in name}
-PEFT_NAMES = {"alpha": "lora_alpha", "dropout": "lora_dropout", "init": "init_lora_weights"}
 
 
 def shaken(model: CausalLM) -> CausalLM:
