@@ -116,17 +116,23 @@ def save_adapter(model: CausalLM, folder: Path | str, base_model: str | None = N
     base_model = public_name(base_model) if base_model else None
     card = _card(model, adapter, base_model)
     config, metadata = adapter.config, {"format": "pt"}
-    tensors = {key: getattr(module, name).detach() for key, module, name in _places(adapter)}
     if config.is_residual:
         fields = asdict(config)
         metadata[_ORIGIN] = json.dumps({name: fields[name] for name in _SIZES} | {"init": config.init})
         config = _of_twice_the_rank(config)
-        tensors |= _with_what_was_taken_out(adapter)
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+    tensors = adapter_tensors(adapter)
     entries = _as_json(config, base_model) | {"target_modules": _target_modules(model, adapter)}
     write_atomically(folder / WEIGHTS_FILE, safetensors.torch.save(tensors, metadata=metadata))
     write_atomically(folder / CARD_FILE, card.encode())
     write_atomically(folder / CONFIG_FILE, (json.dumps(entries, indent=2) + "\n").encode())
+
+
+def adapter_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Return what the weights file of an adapter holds, by PEFT's keys, on the CPU."""
+    tensors = {key: getattr(module, name).detach() for key, module, name in _places(adapter)}
+    if adapter.config.is_residual:
+        tensors |= _with_what_was_taken_out(adapter)
+    return {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
 
 
 def public_name(model: str) -> str:

@@ -16,32 +16,20 @@ default is plain text: the prompt's, then the completion's and the end token; wh
 
 The prompt is tokenized apart from its answer, because that is how it will come when somebody asks.
 
-A batch is not a padded rectangle: its examples stand end to end in one row, (1, T), and `lengths` keeps them
-apart in attention. `targets` are the labels moved one place, so that position t holds the token to be
-predicted there. `pack` chooses examples that fill rows of one length, so that every step does the same work::
-
-    lengths 700 600 400 300 300 and 1,000 tokens a row  ->  [700 300] [600 400] [300]
-
 Source of the format names: Stanford Alpaca; OpenAI's chat messages.
 
-Before: tokenizer. Next: loss.
+Before: tokenizer. Next: batch.
 """
 
-import bisect
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
 
 from minqlora.tokenizer import Message, Tokenizer
 
-IGNORE = (
-    -100
-)  # the label of a token that is given and not learned; what torch's cross entropy ignores by default
+# The label of a token that is given and not learned; what torch's cross entropy ignores by default.
+IGNORE = -100
 
 NO_TEMPLATE = (
     "the tokenizer has no chat template: only a prompt and its completion can be written; a file "
@@ -56,19 +44,6 @@ class Example(NamedTuple):
 
     input_ids: list[int]
     labels: list[int]
-
-
-class Batch(NamedTuple):
-    """Examples end to end: input_ids and targets (1, T) int64, targets the next labels; lengths sum to T."""
-
-    input_ids: Tensor
-    targets: Tensor
-    lengths: list[int]
-
-    @property
-    def supervised(self) -> int:
-        """The number of positions that carry loss."""
-        return int((self.targets != IGNORE).sum())
 
 
 @dataclass
@@ -90,63 +65,64 @@ class DataReport:
             f"{self.tokens:,} tokens, {share:.0%} of them supervised"
         )
 
+    def __add__(self, other: "DataReport") -> "DataReport":
+        """Return the counts of two parts of a dataset together."""
+        return DataReport(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
-def load_dataset(
-    paths: Sequence[Path], tokenizer: Tokenizer, max_seq_length: int
-) -> tuple[list[Example], DataReport]:
-    """Read JSONL files and tokenize them.
 
-    max_seq_length: tokens; longer rows lose their end, rows that lose all of their answer are dropped, and
-    both are counted. Returns the examples in the files' order, and the report. Raises ValueError, naming file
-    and line, for a file that is not there, a line that is not JSON, keys that are not understood, an answer
-    that is missing, null or not text; and if no row is left.
+def encode_rows(
+    lines: Iterable[bytes],
+    path: str,
+    first_line: int,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    report: DataReport,
+) -> Iterator[Example]:
+    """Yield the examples in lines of JSON, and count in `report` what becomes of each row.
+
+    lines: of the file `path`, the first of them its line `first_line`. max_seq_length: tokens; longer rows
+    lose their end, rows that lose all of their answer are dropped, and both are counted. Raises ValueError,
+    naming file and line, for a line that is not JSON, keys that are not understood, an answer that is
+    missing, null or not text.
     """
-    report, examples = DataReport(), []
-    for path in paths:
-        for where, row in _read_jsonl(Path(path)):
-            report.rows += 1
-            try:
-                example = encode(to_messages(row), tokenizer)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            if len(example.input_ids) > max_seq_length:
-                report.truncated += 1
-                example = Example(example.input_ids[:max_seq_length], example.labels[:max_seq_length])
-            if not any(label != IGNORE for label in example.labels[1:]):
-                report.truncated -= len(example.input_ids) == max_seq_length
-                report.dropped += 1
-                continue
-            report.used += 1
-            report.tokens += len(example.input_ids)
-            report.supervised += sum(label != IGNORE for label in example.labels[1:])
-            examples.append(example)
-    if not examples:
-        files = ", ".join(str(path) for path in paths)
-        raise ValueError(f"{files}: no row left to learn from ({report.rows} read, {report.dropped} dropped)")
-    return examples, report
+    for number, line in enumerate(lines, start=first_line):
+        where = f"{path}: line {number}"
+        row = _parse(line, number, where)
+        if row is None:
+            continue
+        report.rows += 1
+        try:
+            example = encode(to_messages(row), tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        cut = len(example.input_ids) > max_seq_length
+        if cut:
+            example = Example(example.input_ids[:max_seq_length], example.labels[:max_seq_length])
+        supervised = sum(label != IGNORE for label in example.labels[1:])
+        if not supervised:
+            report.dropped += 1
+            continue
+        report.used += 1
+        report.truncated += cut
+        report.tokens += len(example.input_ids)
+        report.supervised += supervised
+        yield example
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    # Yields (where, row); a blank line is not a row.
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}: line {number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                row = json.loads(text) if text.strip() else None
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
-                raise ValueError(f"{where}: not readable as JSON ({error})") from None
-            if not text.strip():
-                continue
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-            yield where, row
+def _parse(line: bytes, number: int, where: str) -> dict[str, Any] | None:
+    # -> the row; a blank line is none
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        row = json.loads(text) if text.strip() else None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
+        raise ValueError(f"{where}: not readable as JSON ({error})") from None
+    if text.strip() and not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row
 
 
 def to_messages(row: dict[str, Any]) -> list[Message]:
@@ -272,66 +248,3 @@ def _segments(messages: list[Message], tokenizer: Tokenizer) -> tuple[str, str]:
     if not whole.startswith(prompt):
         raise ValueError("the chat template writes an answer differently from the prompt it answers")
     return prompt, whole[len(prompt) :]
-
-
-def collate(examples: Sequence[Example]) -> Batch:
-    """Lay examples end to end in one row."""
-    input_ids = [token for example in examples for token in example.input_ids]
-    # Each example's labels move one place to the left; its last token predicts nothing, and never the next
-    # example's first.
-    targets = [label for example in examples for label in [*example.labels[1:], IGNORE]]
-    lengths = [len(example.input_ids) for example in examples]
-    return Batch(torch.tensor([input_ids]), torch.tensor([targets]), lengths)
-
-
-def split(examples: list[Example], val_size: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Return (train, held out): val_size is a share of the examples if below 1, else how many to hold out,
-    drawn by seed.
-
-    Raises ValueError if nothing would be left to train on.
-    """
-    count = round(val_size * len(examples)) if val_size < 1 else int(val_size)
-    if count >= len(examples):
-        raise ValueError(
-            f"val_size {val_size:g} holds out {count} of {len(examples)} examples: none is left to train on"
-        )
-    held_out = set(shuffled(len(examples), seed, epoch=-1)[:count])
-    train = [example for i, example in enumerate(examples) if i not in held_out]
-    return train, [examples[i] for i in sorted(held_out)]
-
-
-def shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    """Return the order in which an epoch visits `count` examples, decided by seed and epoch alone."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(count, generator=generator).tolist()
-
-
-WINDOW = 4096  # examples that are packed together: enough to fill rows, few enough to keep the order random
-
-
-def pack(lengths: Sequence[int], capacity: int, seed: int, epoch: int) -> Iterator[list[int]]:
-    """Yield the rows of an epoch, each a list of places in `lengths` that take at most `capacity` tokens.
-
-    Within windows of the shuffled order the longest example comes first and goes where least room is left
-    over ("best fit, decreasing"); then the window's rows are shuffled. Every example stands in one row.
-    """
-    order = shuffled(len(lengths), seed, epoch)
-    for start in range(0, len(order), WINDOW):
-        rows = _best_fit(order[start : start + WINDOW], lengths, capacity)
-        for place in shuffled(len(rows), seed, epoch):
-            yield rows[place]
-
-
-def _best_fit(examples: list[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), ascending
-    for example in sorted(examples, key=lambda i: -lengths[i]):  # stable: equals keep the shuffled order
-        fitting = bisect.bisect_left(room, (lengths[example], 0))
-        if fitting < len(room):
-            left, row = room.pop(fitting)
-        else:
-            left, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(example)
-        bisect.insort(room, (left - lengths[example], row))
-    return rows

@@ -1,4 +1,4 @@
-"""Chapter 16. The loss: cross entropy without the logits of a batch.
+"""Chapter 17. The loss: cross entropy without the logits of a batch.
 
 Only answers are learned from, so only their positions need logits; and logits are wide: 512 positions of a
 49,152-word vocabulary are 100 MB in float32, their gradient as much again. Here supervised positions go
@@ -18,7 +18,7 @@ Shapes and dtypes: hidden (B, T, D) in the compute dtype; targets (B, T) int64; 
 in its own dtype. Logits and their softmax are float32. Cost: 4 vocab D FLOPs a supervised position, twice
 that with gradient; a chunk of memory.
 
-Before: data. Next: generate.
+Before: batch. Next: generate.
 """
 
 from typing import Any

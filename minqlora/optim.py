@@ -40,7 +40,7 @@ Before: lora. Next: architecture.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -167,6 +167,22 @@ class PagedAdamW(torch.optim.Optimizer):
                     raise ValueError(f"the saved moments have {held} bits; this optimizer is of other bits")
                 state[name].copy_(saved[name])
             self.state[param] = state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state as plain tensors by name, `INDEX.exp_avg` and so on, for safetensors to write."""
+        return {
+            f"{index}.{name}": tensor
+            for index, state in self.state_dict()["state"].items()
+            for name, tensor in state.items()
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave; raises as `load_state_dict` does."""
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = tensor
+        self.load_state_dict({"state": state, "param_groups": self.state_dict()["param_groups"]})
 
     def _prepare(self, param: Tensor, group: dict) -> "_Update":
         state = self.state[param]

@@ -1,4 +1,4 @@
-"""Chapter 19. The run folder: what a training run leaves behind, readable at any moment.
+"""Chapter 20. The run folder: what a training run leaves behind, readable at any moment.
 
     runs/demo-1/
       config.yaml              the configuration as it was run
@@ -123,7 +123,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], state: 
         write_atomically(partial / STATE_FILE, (json.dumps(content) + "\n").encode())
         sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(partial.iterdir())]
         write_atomically(partial / SUMS_FILE, "".join(sums).encode())
-        if final.exists():  # of before a resume, and damaged
+        if final.exists():
             _discard(final)
         os.replace(partial, final)
         fsync_folder(run)
@@ -182,6 +182,16 @@ def prune_checkpoints(run: Path, keep: int, also: Path | None = None) -> None:
     """Delete all but the newest `keep` checkpoints of a run, and `also`, the best one, say."""
     for path in checkpoints(run)[keep:]:
         if path != also:
+            _discard(path)
+
+
+def discard_after(run: Path, step: int) -> None:
+    """Delete the checkpoints of steps after `step`, from which a run goes on another time.
+
+    They are damaged, or another future than the one to come; and they would count among the newest.
+    """
+    for path in checkpoints(run):
+        if _step(path) > step:
             _discard(path)
 
 

@@ -121,15 +121,17 @@ class Tokenizer:
                 self._changed = True
         return [token_id for token_id in map(self.token_id, tokens) if token_id is not None]
 
+    def files(self) -> dict[str, bytes]:
+        """Return the contents of the tokenizer's files by name, with the added tokens."""
+        files = companions(self.folder)
+        return files | self._changed_files(files) if self._changed else files
+
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer's files, with the added tokens, into a folder, each whole or not at all.
 
         What goes with them goes along: chat templates, `generation_config.json`, a licence.
         """
-        files = companions(self.folder)
-        if self._changed:
-            files |= self._changed_files(files)
-        for name, content in files.items():
+        for name, content in self.files().items():
             path = Path(folder) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, content)

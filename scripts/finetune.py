@@ -15,15 +15,18 @@ The result is a run folder: an adapter that PEFT loads too, the configuration, a
 This file is meant to be edited. It reads from top to bottom: what can be set, then what is done.
 """
 
+import contextlib
+import errno
 import itertools
 import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,16 +34,41 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from minqlora import PagedAdamW, add_lora, load_model, save_adapter
+from minqlora import PagedAdamW, add_lora, load_adapter, load_model, save_adapter
+from minqlora.adapter import WEIGHTS_FILE, adapter_tensors
 from minqlora.architecture import read_architecture
+from minqlora.batch import Batch, Examples, Part, collate, order, pack, split, tokenize
 from minqlora.checkpoint import default_dtype, find_model, quantized_size
 from minqlora.codebook import QUANT_TYPES
-from minqlora.data import Batch, Example, collate, load_dataset, shuffled, split
-from minqlora.files import SAVED_QUANT_TYPES, write_atomically
-from minqlora.lora import LoRAConfig, TrainedTokens, parameter_groups
+from minqlora.data import DataReport
+from minqlora.files import SAVED_QUANT_TYPES, open_safetensors, write_atomically
+from minqlora.lora import (
+    LoRAConfig,
+    TrainedTokens,
+    active_adapter,
+    adapters_disabled,
+    lora_layers,
+    parameter_groups,
+)
 from minqlora.loss import supervised_loss
 from minqlora.model import CausalLM
-from minqlora.run import MetricsLog, environment, next_run_folder, peak_memory_gib, require_unused
+from minqlora.run import (
+    MetricsLog,
+    StopRequest,
+    checkpoints,
+    discard_after,
+    environment,
+    newest_checkpoint,
+    next_run_folder,
+    peak_memory_gib,
+    prune_checkpoints,
+    read_checkpoint,
+    require_unused,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    stop_requests,
+)
 from minqlora.tokenizer import Tokenizer
 from options import REQUIRED, option, parse, to_yaml, user_errors
 
@@ -112,13 +140,21 @@ class Config:
         None, "words to be one token each, whose rows of embedding and head are trained"
     )
 
+    data_cache: Path = option(
+        Path(f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/minqlora").expanduser(),
+        "folder that keeps the tokenized data, so that the same files are tokenized once",
+    )
     max_seq_length: int = option(1024, "longest example in tokens; longer ones are cut and counted")
+    packing: bool = option(
+        True, "fill rows of max_seq_length with whole examples, which do not see each other; false: one each"
+    )
     per_device_train_batch_size: int = option(
-        1, "examples in a micro-batch, end to end in one row, never padded"
+        1, "rows in a micro-batch, laid end to end and never padded; with --packing false, examples"
     )
     gradient_accumulation_steps: int = option(16, "micro-batches an optimizer step")
     num_train_epochs: float = option(1.0, "passes over the data (the paper: 1 to 3, by dataset)")
     max_steps: int | None = option(None, "stop after so many optimizer steps, whatever num_train_epochs says")
+    max_time: float | None = option(None, "save and stop after so many minutes")
     learning_rate: float = option(2e-4, "peak learning rate (the paper: 2e-4 up to 13B, 1e-4 above)")
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = option(
         "constant", "schedule after the warmup"
@@ -127,6 +163,16 @@ class Config:
     max_grad_norm: float = option(0.3, "clip the gradient to this norm; 0: do not")
     adam_beta2: float = option(0.999, "decay of AdamW's mean of squared gradients, per step")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay, per step and unit of learning rate")
+    optim: Literal["paged_adamw_32bit", "paged_adamw_8bit"] = option(
+        "paged_adamw_32bit", "width of AdamW's moments: 8 bytes a trained parameter, or 2"
+    )
+    paged: Literal["auto", "always", "never"] = option(
+        "auto", "moments in host memory; auto: once the device's memory runs short"
+    )
+    page_bytes: int = option(2**24, "bytes of each moment that visit the device at a time")
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop", "at a loss or gradient that is no number: stop, or leave the step out and go on"
+    )
 
     gradient_checkpointing: bool = option(
         True, "recompute each block in backward: a third slower, several times leaner"
@@ -137,6 +183,19 @@ class Config:
     device: str | None = option(None, "cpu, cuda, ... (default: an accelerator if there is one)")
     seed: int = option(0, "seed of the adapters, the order of the data, and dropout")
 
+    resume_from_checkpoint: Path | None = option(
+        None,
+        "go on from this checkpoint folder, or from the newest whole one of --output_dir",
+        bare="latest",
+    )
+    save_steps: int | None = option(None, "save a checkpoint every so many steps (default: when stopped)")
+    save_total_limit: int = option(2, "checkpoints to keep; the best one stays besides")
+    early_stopping_patience: int | None = option(
+        None, "stop when so many evaluations in a row have not been the best"
+    )
+    load_best: bool = option(
+        False, "save the adapter of the best evaluation, not of the last step; needs save_steps = eval_steps"
+    )
     logging_steps: int = option(1, "write metrics every so many steps")
     eval_steps: int | None = option(
         None, "evaluate every so many steps (default: before the first and after the last)"
@@ -146,9 +205,10 @@ class Config:
         """Refuse values that cannot mean anything."""
         at_least = {
             0: "val_size lora_alpha lora_dropout num_train_epochs learning_rate warmup_steps max_grad_norm"
-            " weight_decay seed",
+            " weight_decay seed max_time",
             1: "lora_r max_eval_samples max_steps per_device_train_batch_size gradient_accumulation_steps"
-            " logging_steps eval_steps",
+            " logging_steps eval_steps save_steps save_total_limit early_stopping_patience",
+            4: "page_bytes",
             2: "max_seq_length block_size",
         }
         for least, names in at_least.items():
@@ -177,6 +237,15 @@ class Config:
             raise ValueError("--dataset needs at least one file")
         if self.eval_dataset and self.val_size:
             raise ValueError("--eval_dataset and --val_size both say what to evaluate on; give one")
+        if self.resume_from_checkpoint == Path("latest") and not self.output_dir:
+            raise ValueError("--resume_from_checkpoint latest needs --output_dir, the run to go on with")
+        if self.early_stopping_patience and not self.eval_steps:
+            raise ValueError("--early_stopping_patience needs --eval_steps")
+        if (self.early_stopping_patience or self.load_best) and not (self.eval_dataset or self.val_size):
+            name = "early_stopping_patience" if self.early_stopping_patience else "load_best"
+            raise ValueError(f"--{name} needs something held out: --eval_dataset or --val_size")
+        if self.load_best and (not self.eval_steps or self.save_steps != self.eval_steps):
+            raise ValueError("--load_best needs --eval_steps, and --save_steps equal to it")
 
     def lora_options(self) -> dict[str, Any]:
         """Return what `add_lora` is to be told."""
@@ -216,17 +285,63 @@ def pairs(name: str, items: list[str] | None, kind: type[int] | type[float]) -> 
 
 
 @dataclass
-class Prepared:
-    """What training starts from."""
+class Run:
+    """A run as it stands: what it works with, and how far it has come."""
 
+    config: Config
     model: CausalLM
-    train: list[Example]
-    held_out: list[Example]
+    optimizer: PagedAdamW
+    train: Part
+    held_out: Part
+    n_held_out: int  # of which so many are evaluated
     folder: Path
     log: MetricsLog
+    total_steps: int
+    step: int = 0  # finished so far
+    rng: dict[str, Any] = field(default_factory=rng_state)  # of the random generators, after that step
+    updating: bool = False  # within an optimizer step: what is in memory then is of no step
+    num_tokens: int = 0
+    supervised_tokens: int = 0
+    skipped_steps: int = 0
+    best_loss: float | None = None  # of the evaluations so far
+    best_step: int | None = None
+    evaluations_since_best: int = 0
 
 
-def prepare(config: Config) -> Prepared:
+# What a checkpoint keeps of a run besides tensors.
+COUNTERS = (
+    "step",
+    "num_tokens",
+    "supervised_tokens",
+    "skipped_steps",
+    "best_loss",
+    "best_step",
+    "evaluations_since_best",
+)
+# Options that may differ when a run goes on: they do not change what a step computes.
+MAY_CHANGE = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "num_train_epochs",
+    "max_steps",
+    "max_time",
+    "cache",
+    "data_cache",
+    "logging_steps",
+    "eval_steps",
+    "max_eval_samples",
+    "save_steps",
+    "save_total_limit",
+    "early_stopping_patience",
+    "load_best",
+    "paged",
+    "page_bytes",
+    "on_nonfinite",
+    "gradient_checkpointing",
+}
+
+
+def prepare(config: Config) -> Run:
     """Load model and data as configured and say what was found. Raises ValueError for the user's mistakes."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
@@ -234,34 +349,153 @@ def prepare(config: Config) -> Prepared:
             "start it without torchrun"
         )
     folder = config.output_dir or next_run_folder(Path("runs"), config.model.resolve().name)
-    require_unused(folder)
+    resumed = find_resumed(config)
+    if resumed is None:
+        require_unused(folder)
+    else:
+        folder = resumed[0].parent
     device = choose_device(config.device)
     dtype = getattr(torch, config.dtype) if config.dtype else default_dtype(device)
 
     source = find_model(config.model)
-    arch = read_architecture(source)
     tokenizer = Tokenizer(source)
-    new_pieces = [tokenizer.encode(token) for token in config.new_tokens or []]
-    new_ids = tokenizer.add_tokens(config.new_tokens or [])
-    if new_ids and max(new_ids) >= arch.vocab_size:
+    new_tokens = prepare_tokens(config, source, tokenizer)
+    train, held_out, n_held_out = prepare_data(config, tokenizer)
+    torch.manual_seed(config.seed)  # before the adapters are drawn
+    model = prepare_model(config, source, device, dtype, new_tokens, resumed and resumed[0])
+    optimizer = PagedAdamW(
+        parameter_groups(model, config.learning_rate, config.weight_decay, config.loraplus_lr_ratio),
+        betas=(0.9, config.adam_beta2),
+        bits=8 if config.optim == "paged_adamw_8bit" else 32,
+        paged=config.paged,
+        page_bytes=config.page_bytes,
+    )
+    total_steps = count_steps(train, config)
+    if resumed is None:
+        require_unused(folder)  # again: loading takes a while, and another run may have come first
+        folder.mkdir(parents=True, exist_ok=True)
+        log = MetricsLog(folder)
+        write_atomically(folder / "environment.json", as_json(environment(device, dtype)))
+        if new_tokens:
+            tokenizer.save(folder)
+        run = Run(config, model, optimizer, train, held_out, n_held_out, folder, log, total_steps)
+    else:
+        path, state = resumed
+        require_same(state, train, total_steps)
+        with open_safetensors(path / "optimizer.safetensors") as file:
+            optimizer.load_tensors({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        optimizer.paged_bytes = state["paged_bytes"]
+        discard_after(folder, state["step"])
+        log = MetricsLog(folder, resumed_from=state["step"])
+        counters = {name: state[name] for name in COUNTERS}
+        run = Run(config, model, optimizer, train, held_out, n_held_out, folder, log, total_steps, **counters)
+        set_rng_state(state["rng"])
+        print(f"resumed   {path}")
+    kept = replace(config, output_dir=folder, resume_from_checkpoint=None)
+    write_atomically(folder / "config.yaml", to_yaml(kept).encode())
+    return run
+
+
+def require_same(state: dict[str, Any], examples: Part, total_steps: int) -> None:
+    """Raise ValueError unless a run can go on from a checkpoint's state with these examples, so far."""
+    if state["data"] != examples.key:
         raise ValueError(
-            f"--new_tokens: the model has rows for {arch.vocab_size} tokens and none to spare for "
+            "--dataset: the files, the tokenizer or its chat template are not what the run began with; put "
+            "them back, or begin a new run"
+        )
+    if state["step"] >= total_steps:
+        raise ValueError(
+            f"the run has done {state['step']} of {total_steps} steps already; "
+            "ask for more with --max_steps or --num_train_epochs"
+        )
+
+
+def find_resumed(config: Config) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint to go on from and its state, None if the run begins; ValueError if it cannot."""
+    wanted = config.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == Path("latest"):
+        assert config.output_dir is not None
+        path, state, problems = newest_checkpoint(config.output_dir)
+        for problem in problems:
+            print(f"warning   {problem}; going on from {path.name} instead", file=sys.stderr)
+    else:
+        path, state = wanted, read_checkpoint(wanted)
+        if config.output_dir and config.output_dir.resolve() != path.resolve().parent:
+            raise ValueError(
+                f"--output_dir {config.output_dir}: a run goes on in its own folder, {path.parent}"
+            )
+    if (path.parent / "completed").exists():
+        raise ValueError(f"{path.parent}: that run has come to its end; there is nothing to go on with")
+    before = read_yaml_config(path.parent / "config.yaml")
+    for name, value in asdict(config).items():
+        if name not in MAY_CHANGE and before.get(name, value) != value:
+            raise ValueError(
+                f"--{name} {value} would change the arithmetic of a run that began with {before[name]}; "
+                "leave it as it was, or begin a new run"
+            )
+    return path, state
+
+
+def read_yaml_config(path: Path) -> dict[str, Any]:
+    """Return the configuration that a run was started with, by name, in the types of `Config`."""
+    return asdict(parse(Config, ["--config", str(path)]))
+
+
+def prepare_tokens(config: Config, source: Path, tokenizer: Tokenizer) -> dict[int, list[int]]:
+    """Add the new tokens to the tokenizer; return for the id of each the ids that its text was before.
+
+    Raises ValueError if the model has no rows for them.
+    """
+    vocab_size = read_architecture(source).vocab_size
+    pieces = [tokenizer.encode(token) for token in config.new_tokens or []]
+    new_ids = tokenizer.add_tokens(config.new_tokens or [])
+    if new_ids and max(new_ids) >= vocab_size:
+        raise ValueError(
+            f"--new_tokens: the model has rows for {vocab_size} tokens and none to spare for "
             f"{tokenizer.token(max(new_ids))!r}; name tokens that it has, or take a model with more rows"
         )
-    if tokenizer.vocab_size > arch.vocab_size:
+    if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"{config.model}: tokenizer.json has {tokenizer.vocab_size} tokens, but config.json says "
-            f"vocab_size = {arch.vocab_size}"
+            f"{config.model}: the tokenizer has {tokenizer.vocab_size} tokens, but config.json says "
+            f"vocab_size = {vocab_size}"
         )
-    examples, report = load_dataset(config.dataset, tokenizer, config.max_seq_length)
+    return dict(zip(new_ids, pieces, strict=True))
+
+
+def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Part, Part, int]:
+    """Return the examples to learn from, those held out, and how many of these to evaluate."""
+
+    def read(paths: list[Path]) -> tuple[Examples, DataReport]:
+        with tqdm(unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
+            return tokenize(
+                paths,
+                tokenizer,
+                config.max_seq_length,
+                config.data_cache,
+                progress=lambda done, total: show_progress(bar, done, total),
+            )
+
+    examples, report = read(config.dataset)
     print(f"data      {report}")
     train, held_out = split(examples, config.val_size, config.seed)
     if config.eval_dataset:
-        held_out, report = load_dataset(config.eval_dataset, tokenizer, config.max_seq_length)
+        others, report = read(config.eval_dataset)
         print(f"held out  {report}")
-    held_out = held_out[: config.max_eval_samples]
+        held_out = Part.whole(others)
+    return train, held_out, min(len(held_out), config.max_eval_samples or len(held_out))
 
-    torch.manual_seed(config.seed)  # before the adapters are drawn
+
+def prepare_model(
+    config: Config,
+    source: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    new_tokens: dict[int, list[int]],
+    checkpoint: Path | None,
+) -> CausalLM:
+    """Load the base model, and put adapters on it: new ones, or those of a checkpoint."""
     with tqdm(unit="B", unit_scale=True, desc="loading", leave=False, disable=None) as bar:
         model = load_model(
             source,
@@ -281,24 +515,19 @@ def prepare(config: Config) -> Prepared:
     chosen = "as asked" if config.dtype else "what this hardware does well"
     print(f"compute   {str(dtype).removeprefix('torch.')} on {device} ({chosen})")
     options = config.lora_options()
-    if new_ids:
-        options["trainable_token_indices"] = {"embed_tokens": new_ids, "lm_head": new_ids}
-    adapted = add_lora(model, base=source, **options)
-    start_new_tokens(model, new_pieces)
+    if new_tokens:
+        options["trainable_token_indices"] = dict.fromkeys(("embed_tokens", "lm_head"), list(new_tokens))
+    if checkpoint is not None:
+        adapted = load_adapter(model, checkpoint, base=source)
+    else:
+        adapted = add_lora(model, base=source, **options)
+        start_new_tokens(model, list(new_tokens.values()))
     model.model.gradient_checkpointing = config.gradient_checkpointing
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"adapters  rank {config.lora_r} on {len(adapted)} layers: {trained:,} parameters to train")
     if LoRAConfig(**options).is_residual:
         print(f"          the base's weights are what {config.init_lora_weights} has left of them")
-
-    require_unused(folder)  # again: loading takes a while, and another run may have come first
-    folder.mkdir(parents=True, exist_ok=True)
-    log = MetricsLog(folder)
-    write_atomically(folder / "config.yaml", to_yaml(config).encode())
-    write_atomically(folder / "environment.json", as_json(environment(device, dtype)))
-    if new_ids:
-        tokenizer.save(folder)
-    return Prepared(model, train, held_out, folder, log)
+    return model
 
 
 @torch.no_grad()
@@ -346,16 +575,39 @@ def as_json(value: Any) -> bytes:
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def micro_batches(examples: list[Example], config: Config) -> Iterator[tuple[float, list[Batch]]]:
-    """Yield, for each optimizer step without end, the epochs passed after it and its micro-batches."""
+def step_places(examples: Part, config: Config) -> Iterator[tuple[float, list[list[int]]]]:
+    """Yield, for each optimizer step without end, the epochs passed after it and its micro-batches.
+
+    A micro-batch is a list of places of examples. Nothing is read but lengths, so steps can be passed over.
+    """
     size = config.per_device_train_batch_size
-    step_size = size * config.gradient_accumulation_steps
     for epoch in itertools.count():
-        order = shuffled(len(examples), config.seed, epoch)
-        for start in range(0, len(order), step_size):
-            chosen = [examples[i] for i in order[start : start + step_size]]
-            batches = [collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
-            yield epoch + (start + len(chosen)) / len(order), batches
+        seen = 0
+        rows = epoch_rows(examples, config, epoch)
+        while chosen := list(itertools.islice(rows, size * config.gradient_accumulation_steps)):
+            micro_batches = [sum(chosen[i : i + size], []) for i in range(0, len(chosen), size)]
+            seen += sum(map(len, micro_batches))
+            yield epoch + seen / len(examples), micro_batches
+
+
+def epoch_rows(examples: Part, config: Config, epoch: int) -> Iterator[list[int]]:
+    """Yield an epoch's rows: places of the examples that stand in each."""
+    if config.packing:
+        return pack(examples, config.max_seq_length, config.seed, epoch)
+    return ([place] for place in order(len(examples), config.seed, epoch))
+
+
+def count_steps(examples: Part, config: Config) -> int:
+    """Return the number of optimizer steps of the run."""
+    if config.max_steps:
+        return config.max_steps
+    size = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    whole, rest = divmod(config.num_train_epochs, 1)
+    steps = 0
+    for epoch in range(int(whole) + (rest > 0)):
+        in_epoch = math.ceil(sum(1 for _ in epoch_rows(examples, config, epoch)) / size)
+        steps += in_epoch if epoch < whole else math.ceil(rest * in_epoch)
+    return max(steps, 1)
 
 
 def rate_factor(config: Config, total_steps: int, step: int) -> float:
@@ -368,120 +620,342 @@ def rate_factor(config: Config, total_steps: int, step: int) -> float:
     ]
 
 
+def summed_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
+    """Return the cross entropy summed over a batch's supervised positions."""
+    hidden = model.model(batch.input_ids.to(model.device), batch.lengths)
+    return supervised_loss(hidden, batch.targets.to(model.device), model.lm_head)
+
+
 @torch.no_grad()
-def evaluate(model: CausalLM, examples: list[Example], batch_size: int) -> float:
-    """Return the mean loss per supervised token of examples that are not trained on."""
+def evaluate(model: CausalLM, examples: Part, count: int, batch_size: int) -> float:
+    """Return the mean loss per supervised token of the first `count` examples held out."""
     model.eval()
     total, supervised = 0.0, 0
-    for start in tqdm(range(0, len(examples), batch_size), desc="evaluating", leave=False, disable=None):
-        batch = collate(examples[start : start + batch_size])
-        hidden = model.model(batch.input_ids.to(model.device), batch.lengths)
-        total += supervised_loss(hidden, batch.targets.to(model.device), model.lm_head).item()
+    for start in tqdm(range(0, count, batch_size), desc="evaluating", leave=False, disable=None):
+        batch = collate([examples[i] for i in range(start, min(start + batch_size, count))])
+        total += summed_loss(model, batch).item()
         supervised += batch.supervised
     model.train()
     return total / supervised
 
 
-def train(config: Config, prepared: Prepared) -> None:
-    """Run the training loop and write the adapter."""
-    model, folder, log = prepared.model, prepared.folder, prepared.log
-    device = model.device
+def accumulate_gradients(model: CausalLM, batches: list[Batch]) -> float:
+    """Run the micro-batches of a step forward and backward; return their mean loss per supervised token."""
+    supervised = sum(batch.supervised for batch in batches)
+    loss = 0.0
+    for batch in batches:
+        summed = summed_loss(model, batch)
+        # Divided by the answers' tokens of the whole step, so that every one of them weighs the same.
+        (summed / supervised).backward()
+        loss += summed.item() / supervised
+    return loss
+
+
+def train(run: Run, stop: StopRequest) -> int:
+    """Run the training loop and write the adapter. Returns the exit code."""
+    config, model, optimizer, folder = run.config, run.model, run.optimizer, run.folder
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = PagedAdamW(
-        parameter_groups(model, config.learning_rate, config.weight_decay, config.loraplus_lr_ratio),
-        betas=(0.9, config.adam_beta2),
-    )
-    examples_per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    steps_per_epoch = math.ceil(len(prepared.train) / examples_per_step)
-    total_steps = config.max_steps or max(1, math.ceil(config.num_train_epochs * steps_per_epoch))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_factor(config, total_steps, step)
-    )
-    num_tokens = supervised_tokens = 0
+    rates = [group["lr"] for group in optimizer.param_groups]
+    first_step, total_steps = run.step, run.total_steps
+    steps = itertools.islice(step_places(run.train, config), first_step, total_steps)
     began = window_began = time.perf_counter()
     window_tokens = 0
-
-    def log_evaluation(step: int) -> None:
-        if prepared.held_out:
-            loss = evaluate(model, prepared.held_out, examples_per_step)
-            log.write({"step": step, "eval_loss": loss, "eval_perplexity": math.exp(loss)})
-            tqdm.write(f"step {step}: held-out loss {loss:.4f}, perplexity {math.exp(loss):.3f}")
-
-    log_evaluation(step=0)
+    norms: dict[str, float] = {}
+    if run.step == 0:
+        log_evaluation(run)
     model.train()
-    steps = itertools.islice(micro_batches(prepared.train, config), total_steps)
-    with tqdm(total=total_steps, desc="training", unit="step") as bar:
-        for step, (epoch, batches) in enumerate(steps, start=1):
-            supervised = sum(batch.supervised for batch in batches)
-            loss = 0.0
-            for batch in batches:
-                hidden = model.model(batch.input_ids.to(device), batch.lengths)
-                summed = supervised_loss(hidden, batch.targets.to(device), model.lm_head)
-                # Divided by the answers' tokens of the whole step, so that every one of them weighs the same.
-                (summed / supervised).backward()
-                loss += summed.item() / supervised
-            grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf))
-            if not math.isfinite(loss + grad_norm):
-                raise FloatingPointError(
-                    f"step {step}: loss {loss}, gradient norm {grad_norm}; lower --learning_rate"
+    run.rng = rng_state()
+    with tqdm(total=total_steps, initial=run.step, unit="step") as bar:
+        for epoch, micro_batches in steps:
+            if out_of_patience(run):
+                tqdm.write(
+                    f"step {run.step}: no better for {run.evaluations_since_best} evaluations, stopping"
                 )
-            learning_rate = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+                break
+            batches = [collate([run.train[place] for place in places]) for places in micro_batches]
+            loss = accumulate_gradients(model, batches)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+            grad_norm = float(norm)
+            factor = rate_factor(config, total_steps, run.step)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            if math.isfinite(loss + grad_norm):
+                torch.nn.utils.clip_grads_with_norm_(trained, config.max_grad_norm or math.inf, norm)
+                run.updating = True
+                optimizer.step()
+                run.updating = False
+            elif config.on_nonfinite == "skip":
+                run.skipped_steps += 1
+                tqdm.write(f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}: left out")
+            else:
+                raise FloatingPointError(describe_nonfinite(run, loss, grad_norm, micro_batches, batches))
+            run.step += 1
+            tokens = sum(sum(batch.lengths) for batch in batches)
+            run.num_tokens += tokens
+            run.supervised_tokens += sum(batch.supervised for batch in batches)
+            run.rng = rng_state()
 
-            num_tokens += sum(sum(batch.lengths) for batch in batches)
-            window_tokens += sum(sum(batch.lengths) for batch in batches)
-            supervised_tokens += supervised
+            last = run.step == total_steps
+            evaluating = last or (config.eval_steps is not None and run.step % config.eval_steps == 0)
+            if evaluating:  # it may be the last step all the same, for want of patience
+                norms = gradient_norms(model)
+            optimizer.zero_grad()
+            window_tokens += tokens
             bar.update()
-            if step % config.logging_steps == 0 or step == total_steps:
-                now = time.perf_counter()
+            now = time.perf_counter()
+            if run.step % config.logging_steps == 0 or last:
                 row = {
-                    "step": step,
+                    "step": run.step,
                     "epoch": round(epoch, 4),
                     "loss": loss,
                     "grad_norm": grad_norm,
-                    "learning_rate": learning_rate,
+                    "learning_rate": rates[0] * factor,
                     "tokens_per_second": window_tokens / (now - window_began),
-                    "num_tokens": num_tokens,
-                    "supervised_tokens": supervised_tokens,
-                    "peak_memory_gib": peak_memory_gib(device),
+                    "num_tokens": run.num_tokens,
+                    "supervised_tokens": run.supervised_tokens,
+                    "peak_memory_gib": peak_memory_gib(model.device),
                     "paged_bytes": optimizer.paged_bytes,
-                    "eta_seconds": (now - began) / step * (total_steps - step),
+                    "eta_seconds": (now - began) / (run.step - first_step) * (total_steps - run.step),
                 }
-                log.write(row)
+                run.log.write(row)
+                show_step(bar, row)
                 window_began, window_tokens = now, 0
-                bar.set_postfix_str(
-                    f"loss {loss:.3f}, {row['tokens_per_second']:.0f} tokens/s, "
-                    f"peak {row['peak_memory_gib']:.2f} GiB"
-                )
-            if config.eval_steps and step % config.eval_steps == 0 and step < total_steps:
-                log_evaluation(step)
+            if last:
+                write_adapter(run, folder)  # before the evaluation, which takes a while
+            if evaluating:
+                log_evaluation(run)
                 window_began = time.perf_counter()
-    log_evaluation(step=total_steps)
-    log.close()
-    save_adapter(model, folder, base_model=str(config.model))
+            if last:
+                break
+            out_of_time = config.max_time is not None and now - began >= 60 * config.max_time
+            stopping = stop.number is not None or out_of_time
+            if stopping or (config.save_steps and run.step % config.save_steps == 0):
+                save(run)
+            if stopping:
+                bar.close()
+                why = "out of time" if stop.number is None else "interrupted"
+                go_on = resume_command(run)
+                print(f"{why}: step {run.step} is saved; go on with\n  {go_on}", file=sys.stderr)
+                return 0 if stop.number is None else stop.exit_code
+    run.log.close()
+    write_adapter(run, folder)
+    print_sanity(run, norms)
+    if config.load_best:
+        take_best(run)
     write_atomically(folder / "completed", b"")
     print(
         f"saved     {folder}, after {time.perf_counter() - began:.0f} s; "
-        f"peak memory {peak_memory_gib(device):.2f} GiB"
+        f"peak memory {peak_memory_gib(model.device):.2f} GiB"
     )
+    return 0
+
+
+def show_step(bar: tqdm, row: dict[str, Any]) -> None:
+    """Show a row of metrics behind the progress bar."""
+    bar.set_postfix_str(
+        f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s, "
+        f"peak {row['peak_memory_gib']:.2f} GiB"
+    )
+
+
+# ---- what a run says and keeps -----------------------------------------------------------------------------
+
+
+def log_evaluation(run: Run) -> None:
+    """Evaluate, if there is anything held out; write the metrics and note whether this was the best."""
+    if not run.n_held_out:
+        return
+    size = run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps
+    loss = evaluate(run.model, run.held_out, run.n_held_out, size)
+    run.log.write({"step": run.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
+    tqdm.write(f"step {run.step}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}")
+    run.evaluations_since_best += 1
+    if run.step and (run.best_loss is None or loss < run.best_loss):
+        run.best_loss, run.best_step, run.evaluations_since_best = loss, run.step, 0
+
+
+def out_of_patience(run: Run) -> bool:
+    """Return whether so many evaluations in a row have not been the best that the run is to end."""
+    patience = run.config.early_stopping_patience
+    return patience is not None and run.evaluations_since_best >= patience
+
+
+def take_best(run: Run) -> None:
+    """Make the adapter of the best evaluation the result, in place of the last step's."""
+    if run.best_step in (None, run.step):
+        return
+    best = run.folder / f"checkpoint-{run.best_step}"
+    try:
+        read_checkpoint(best)
+    except ValueError as error:
+        print(f"warning   {error}; the adapter of the last step is the result", file=sys.stderr)
+        return
+    for path in best.glob("adapter_*"):
+        write_atomically(run.folder / path.name, path.read_bytes())
+    print(f"best      step {run.best_step}, held-out loss {run.best_loss:.4f}: its adapter is the result")
+
+
+def write_adapter(run: Run, folder: Path) -> None:
+    """Write the adapter as a PEFT folder."""
+    save_adapter(run.model, folder, base_model=str(run.config.model))
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint, from which the run goes on to the same bits, and delete old ones."""
+
+    def write(folder: Path) -> None:
+        write_adapter(run, folder)
+        write_atomically(folder / "optimizer.safetensors", run.optimizer.tensors())
+
+    state = {name: getattr(run, name) for name in COUNTERS}
+    state |= {"data": run.train.key, "paged_bytes": run.optimizer.paged_bytes}
+    save_checkpoint(run.folder, run.step, write, state)
+    best = None if run.best_step is None else run.folder / f"checkpoint-{run.best_step}"
+    prune_checkpoints(run.folder, run.config.save_total_limit, also=best)
+
+
+def resume_command(run: Run) -> str:
+    """Return the command line that goes on with a run."""
+    config = str(run.folder / "config.yaml")
+    return shlex.join([sys.executable, sys.argv[0], "--config", config, "--resume_from_checkpoint", "latest"])
+
+
+def gradient_norms(model: CausalLM) -> dict[str, float]:
+    """Return the norm of the gradient of each kind of layer's adapters."""
+    squares: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            kind = name.split(".")[-2]
+            squares[kind] = squares.get(kind, 0.0) + float(parameter.grad.square().sum())
+    return {kind: math.sqrt(square) for kind, square in squares.items()}
+
+
+def describe_nonfinite(
+    run: Run, loss: float, grad_norm: float, micro_batches: list[list[int]], batches: list[Batch]
+) -> str:
+    """Return a line on where a loss or gradient that is no number comes from."""
+    layer = find_nonfinite_output(run.model, batches) or find_nonfinite_gradient(run.model)
+    rows = sorted(run.train.row(place) for places in micro_batches for place in places)
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    return (
+        f"step {run.step + 1}: loss {loss}, gradient norm {grad_norm}, not finite first in {layer}, examples "
+        f"{shown}; lower --learning_rate, or leave such steps out with --on_nonfinite skip"
+    )
+
+
+@torch.no_grad()
+def find_nonfinite_output(model: CausalLM, batches: list[Batch]) -> str | None:
+    """Return the path of the first layer that makes something else than numbers of the batches."""
+    found: list[str] = []
+
+    def watch(name: str, module: torch.nn.Module) -> Any:
+        def look(module: torch.nn.Module, given: Any, output: Any) -> None:
+            if torch.is_tensor(output) and not output.isfinite().all():
+                found.append(name)
+
+        return module.register_forward_hook(look)
+
+    hooks = [watch(name, module) for name, module in model.named_modules()]
+    for batch in batches:
+        summed_loss(model, batch)
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else None
+
+
+def find_nonfinite_gradient(model: CausalLM) -> str:
+    """Return the last parameter whose gradient is not finite: backward, it is the first."""
+    bad = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not parameter.grad.isfinite().all()
+    ]
+    return bad[-1] if bad else "the loss"
+
+
+@torch.no_grad()
+def print_sanity(run: Run, norms: dict[str, float]) -> None:
+    """Check that the adapter does something, and that what was saved is what was trained."""
+    layers = lora_layers(run.model)
+    if norms:
+        print("gradient  " + ", ".join(f"{kind} {norm:.2g}" for kind, norm in norms.items()))
+    idle = [name for name, layer in layers.items() if not layer.lora_B.any()]
+    if idle:
+        print(f"warning   {len(idle)} adapters still do nothing, the first on {idle[0]}", file=sys.stderr)
+    if run.skipped_steps:
+        print(f"warning   {run.skipped_steps} steps were left out: not finite", file=sys.stderr)
+    batch = collate([run.train[0]])
+    run.model.eval()
+    on = summed_loss(run.model, batch).item() / batch.supervised
+    with adapters_disabled(run.model):
+        off = summed_loss(run.model, batch).item() / batch.supervised
+    print(f"adapter   loss on an example of the training data {on:.4f}, without the adapter {off:.4f}")
+    adapter = active_adapter(run.model)
+    assert adapter is not None
+    with open_safetensors(run.folder / WEIGHTS_FILE) as file:
+        for key, tensor in adapter_tensors(adapter).items():
+            if not torch.equal(file.get_tensor(key), tensor):
+                raise OSError(errno.EIO, f"{key} reads otherwise than it was written", str(run.folder))
+
+
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Read the configuration, prepare, train."""
     config = parse(Config, description=__doc__.split("\n\n")[0] if __doc__ else None)
-    with user_errors():
-        prepared = prepare(config)
     try:
-        train(config, prepared)
+        with user_errors():
+            run = prepare(config)
     except KeyboardInterrupt:
-        save_adapter(prepared.model, prepared.folder, base_model=str(config.model))
-        print(f"\ninterrupted: the adapter as it stands is in {prepared.folder}", file=sys.stderr)
+        print("\ninterrupted before the first step", file=sys.stderr)
         sys.exit(130)
-    except FloatingPointError as error:
-        print(f"error: {error}; {prepared.folder} holds no adapter", file=sys.stderr)
-        sys.exit(1)
+    code = 1
+    try:
+        with stop_requests() as stop:
+            code = train(run, stop)
+    except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
+        print(f"error: {explain(run, error)}", file=sys.stderr)
+    if code:
+        sys.exit(code)
+
+
+def explain(run: Run, error: BaseException) -> str:
+    """Save what can be saved, and return a line on what ended the run, what to change and where it stands.
+
+    Raises the error again if it is none that a user can do something about.
+    """
+    if isinstance(error, OSError):  # of a disk that is full, in the middle of a save perhaps: nothing to save
+        what = f"{error.filename or run.folder}: {error.strerror or error}"
+    else:
+        what = str(error) if isinstance(error, FloatingPointError) else describe_out_of_memory(run, error)
+        rescue(run)
+    kept = checkpoints(run.folder)
+    if not kept:
+        return f"{what}; there is no checkpoint to go on from"
+    return f"{what}; {kept[0].name} is whole; to go on from there: {resume_command(run)}"
+
+
+def rescue(run: Run) -> None:
+    """Save the last step that was finished, if that can be done and has not been done yet."""
+    run.optimizer.zero_grad()
+    if run.step and not run.updating and run.folder / f"checkpoint-{run.step}" not in checkpoints(run.folder):
+        set_rng_state(run.rng)  # a part of the step that failed has drawn from the generators
+        with contextlib.suppress(OSError, MemoryError):
+            save(run)
+
+
+def describe_out_of_memory(run: Run, error: BaseException) -> str:
+    """Return a line on what to change; raises the error again if it is of another kind."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    if not isinstance(error, kinds) and "can't allocate memory" not in str(error):  # PyTorch's, on a CPU
+        raise error
+    config = run.config
+    flags = [] if config.gradient_checkpointing else ["--gradient_checkpointing true"]
+    flags += ["a smaller --per_device_train_batch_size"] * (config.per_device_train_batch_size > 1)
+    flags += ["a smaller --max_seq_length"]
+    what = next(iter(str(error).splitlines()), type(error).__name__)
+    return f"out of memory after step {run.step} ({what}); try {', '.join(flags)}"
 
 
 if __name__ == "__main__":

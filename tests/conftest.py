@@ -6,11 +6,16 @@ loads a model of its own.
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: an oracle that asks a server is none
+# Before a script is imported, whose defaults lie in the cache: what tests leave there goes with them.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="minqlora-tests-")
 
 import pytest
 import torch
@@ -33,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
     """Leave out the news that other libraries have about themselves."""
     for module in ("transformers", "peft", "torch.jit"):
         config.addinivalue_line("filterwarnings", rf"ignore:::{module}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Delete the cache of the tests."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 # -- the demo's real parts, and data that a machine may not have -------------------------------------------
@@ -88,6 +98,27 @@ def demo_text(demo_model: Path, docstrings: tuple[Path, Path]) -> torch.Tensor:
     ids = Tokenizer(demo_model).encode(text)
     assert len(ids) >= 300
     return torch.tensor([ids[:300]])
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """A function that gives a folder on a disk of so many bytes; skips where none can be mounted."""
+    mounted = []
+
+    def mount(size: int) -> Path:
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("a disk of a few bytes is mounted, which this user or system may not")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 # -- small models ------------------------------------------------------------------------------------------

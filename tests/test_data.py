@@ -6,24 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import example as with_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chat
-from minqlora.data import (
-    IGNORE,
-    Batch,
-    Example,
-    collate,
-    encode,
-    load_dataset,
-    pack,
-    shuffled,
-    split,
-    to_messages,
-)
+from minqlora.data import IGNORE, DataReport, Example, encode, encode_rows, to_messages
 from minqlora.tokenizer import Tokenizer
 
 END = "<|im_end|>"
@@ -289,71 +277,64 @@ def test_without_a_template_too_the_prompt_is_what_chat_gives(plain: Tokenizer) 
     assert example.labels[len(prompt)] != IGNORE == example.labels[len(prompt) - 1]
 
 
-# -- files -------------------------------------------------------------------------------------------------
+# -- lines -------------------------------------------------------------------------------------------------
 
 
-def load(folder: Path, content: str | bytes, tokenizer: Tokenizer, max_seq_length: int = 100) -> Any:
-    path = folder / "rows.jsonl"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return load_dataset([path], tokenizer, max_seq_length)
+def load(
+    content: str | bytes, tokenizer: Tokenizer, max_seq_length: int = 100, first_line: int = 1
+) -> tuple[list[Example], DataReport]:
+    """The examples in the lines of a file, and what became of its rows."""
+    lines = (content if isinstance(content, bytes) else content.encode()).split(b"\n")
+    report = DataReport()
+    return list(encode_rows(lines, "rows.jsonl", first_line, tokenizer, max_seq_length, report)), report
 
 
 ROW = '{"prompt": "Q", "completion": "A"}'
 
 
 def test_blank_lines_a_byte_order_mark_and_windows_line_ends_are_passed_over(
-    tmp_path: Path, tokenizer: Tokenizer
+    tokenizer: Tokenizer,
 ) -> None:
     content = f"\ufeff{ROW}\r\n\n  \t\r\n{ROW}\n\n{ROW}"  # and no line end after the last
-    examples, report = load(tmp_path, content, tokenizer)
+    examples, report = load(content, tokenizer)
     assert len(examples) == report.rows == report.used == 3
     assert examples[0] == examples[1] == examples[2] == encode([user("Q"), assistant("A")], tokenizer)
 
 
-def test_several_files_are_read_in_their_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    for name in "ba":
-        (tmp_path / name).write_text(json.dumps({"prompt": "Q", "completion": name}))
-    examples, report = load_dataset([tmp_path / "b", tmp_path / "a"], tokenizer, 100)
-    assert [learned(example, tokenizer) for example in examples] == [["b<|im_end|>"], ["a<|im_end|>"]]
-    assert report.rows == 2
-
-
-def test_unicode_line_separators_inside_a_text_do_not_end_a_row(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_unicode_line_separators_inside_a_text_do_not_end_a_row(tokenizer: Tokenizer) -> None:
     content = json.dumps({"prompt": "a\u2028b\x85c\x0bd", "completion": "e\u2029f"}, ensure_ascii=False)
-    examples, _ = load(tmp_path, content, tokenizer)
+    examples, _ = load(content, tokenizer)
     assert learned(examples[0], tokenizer) == ["e\u2029f<|im_end|>"]
 
 
-def test_what_is_cut_and_dropped_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_what_is_cut_and_dropped_is_counted(tokenizer: Tokenizer) -> None:
     whole = encode([user("Q"), assistant("1234")], tokenizer)
     n = len(whole.input_ids)  # the last five are the answer and its end; the second row is four shorter
     rows = '{"prompt": "Q", "completion": "1234"}\n{"prompt": "", "completion": "x"}'
     for length, cut, dropped in [(n, 0, 0), (n - 1, 1, 0), (n - 4, 1, 0), (n - 5, 1, 1), (n - 6, 0, 2)]:
-        if dropped == 2:
-            with pytest.raises(ValueError, match=r"no row left .*\(2 read, 2 dropped\)"):
-                load(tmp_path, rows, tokenizer, length)
-            break
-        examples, report = load(tmp_path, rows, tokenizer, length)
+        examples, report = load(rows, tokenizer, length)
         assert (report.rows, report.used, report.truncated, report.dropped) == (2, 2 - dropped, cut, dropped)
         assert report.tokens == sum(len(example.input_ids) for example in examples)
-        assert report.supervised == sum(collate([example]).supervised for example in examples)
+        # A first token is predicted from nothing, and so is never learned.
+        assert report.supervised == sum(label != IGNORE for one in examples for label in one.labels[1:])
         if not dropped:
             assert examples[0] == Example(whole.input_ids[:length], whole.labels[:length])
+    report = load(rows, tokenizer, n - 5)[1]
     assert "1 of 2 rows used (1 cut to length, 1 dropped)" in str(report)
 
 
-def test_a_row_with_an_empty_answer_is_dropped_and_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    examples, report = load(tmp_path, f"{ROW}\n{EMPTY}", tokenizer)
+def test_reports_of_the_parts_of_a_file_add_up(tokenizer: Tokenizer) -> None:
+    parts = [f"{ROW}\n{EMPTY}", "", '{"prompt": "Q", "completion": "' + 200 * "1" + '"}']
+    whole, report = load("\n".join(parts), tokenizer)
+    pieces = [load(part, tokenizer) for part in parts]
+    assert sum([examples for examples, _ in pieces], []) == whole
+    assert sum([one for _, one in pieces], DataReport()) == report
+    assert (report.rows, report.used, report.truncated, report.dropped) == (3, 2, 1, 1)
+
+
+def test_a_row_with_an_empty_answer_is_dropped_and_counted(tokenizer: Tokenizer) -> None:
+    examples, report = load(f"{ROW}\n{EMPTY}", tokenizer)
     assert len(examples) == report.used == report.dropped == 1 and report.truncated == 0
-
-
-@pytest.mark.parametrize("content", ["", "\n\n", EMPTY, f"{EMPTY}\n" * 3])
-def test_a_file_without_anything_to_learn_is_refused(
-    tmp_path: Path, tokenizer: Tokenizer, content: str
-) -> None:
-    rows = content.count("prompt")
-    with pytest.raises(ValueError, match=rf"rows.jsonl: no row left .*\({rows} read, {rows} dropped\)"):
-        load(tmp_path, content, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -373,12 +354,17 @@ def test_a_file_without_anything_to_learn_is_refused(
     ],
     ids=str,
 )
-def test_a_broken_line_is_named_by_its_number(
-    tmp_path: Path, tokenizer: Tokenizer, line: bytes, message: str
-) -> None:
+def test_a_broken_line_is_named_by_its_number(tokenizer: Tokenizer, line: bytes, message: str) -> None:
     content = b"\xef\xbb\xbf" + ROW.encode() + b"\n\n" + line + b"\n" + ROW.encode()
-    with pytest.raises(ValueError, match=f"{tmp_path / 'rows.jsonl'}: line 3: .*{message}"):
-        load(tmp_path, content, tokenizer)
+    with pytest.raises(ValueError, match=f"^rows.jsonl: line 3: .*{message}"):
+        load(content, tokenizer)
+    with pytest.raises(ValueError, match="^rows.jsonl: line 12: "):  # in a later piece of a file
+        load(content.removeprefix(b"\xef\xbb\xbf"), tokenizer, first_line=10)
+
+
+def test_a_byte_order_mark_is_one_at_the_beginning_of_a_file_only(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="line 2: not valid JSON"):
+        load("\ufeff" + ROW, tokenizer, first_line=2)
 
 
 @pytest.mark.parametrize(
@@ -390,9 +376,9 @@ def test_a_broken_line_is_named_by_its_number(
     ],
     ids=["lone-surrogate", "long-number", "deep"],
 )
-def test_an_odd_line_is_named_by_its_number_too(tmp_path: Path, tokenizer: Tokenizer, line: str) -> None:
+def test_an_odd_line_is_named_by_its_number_too(tokenizer: Tokenizer, line: str) -> None:
     with pytest.raises(ValueError, match="rows.jsonl: line 2: "):
-        load(tmp_path, f"{ROW}\n{line}", tokenizer)
+        load(f"{ROW}\n{line}", tokenizer)
 
 
 def test_a_conversation_that_the_template_refuses_is_named_by_its_line(
@@ -401,112 +387,13 @@ def test_a_conversation_that_the_template_refuses_is_named_by_its_line(
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
     with pytest.raises(ValueError, match=r"rows.jsonl: line 1: .*the chat template failed: no system role"):
-        load(tmp_path, ROW, Tokenizer(folder))
+        load(ROW, Tokenizer(folder))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=f"{tmp_path / 'nowhere.jsonl'}: no such file"):
-        load_dataset([tmp_path / "nowhere.jsonl"], tokenizer, 100)
-
-
-def test_gsm8k_is_learned_from_as_it_comes(shared_data: Path, demo_model: Path, tmp_path: Path) -> None:
+def test_gsm8k_is_learned_from_as_it_comes(shared_data: Path, demo_model: Path) -> None:
     demo = Tokenizer(demo_model)
     lines = (shared_data / "gsm8k_train.jsonl").read_text().splitlines()[:20]
-    examples, report = load(tmp_path, "\n".join(lines), demo, max_seq_length=1024)
+    examples, report = load("\n".join(lines), demo, max_seq_length=1024)
     assert report.used == 20 and report.truncated == report.dropped == 0
     for line, example in zip(lines, examples, strict=True):
         assert learned(example, demo) == [json.loads(line)["answer"] + END]
-
-
-# -- batches and splits ------------------------------------------------------------------------------------
-
-
-def test_targets_are_labels_one_place_on_and_never_cross_to_the_next_example() -> None:
-    examples = [Example([5, 6, 7], [IGNORE, 6, 7]), Example([8], [8]), Example([9, 10], [9, 10])]
-    batch = collate(examples)
-    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10]]
-    assert batch.targets.tolist() == [[6, 7, IGNORE, IGNORE, 10, IGNORE]]
-    assert batch.lengths == [3, 1, 2] and batch.supervised == 3
-    assert batch.input_ids.dtype == batch.targets.dtype == torch.int64
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    st.lists(
-        st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=6), min_size=1, max_size=5
-    )
-)
-def test_a_batch_is_its_examples_end_to_end(rows: list[list[tuple[int, bool]]]) -> None:
-    examples = [
-        Example([token for token, _ in row], [token if said else IGNORE for token, said in row])
-        for row in rows
-    ]
-    together, alone = collate(examples), [collate([example]) for example in examples]
-    assert torch.equal(together.input_ids, torch.cat([one.input_ids for one in alone], dim=1))
-    assert torch.equal(together.targets, torch.cat([one.targets for one in alone], dim=1))
-    assert isinstance(together, Batch) and together.supervised == sum(one.supervised for one in alone)
-
-
-EXAMPLES = [Example([i], [i]) for i in range(50)]
-
-
-@pytest.mark.parametrize(("val_size", "held_out"), [(0.0, 0), (0.1, 5), (0.5, 25), (1, 1), (7, 7), (49, 49)])
-def test_a_split_is_disjoint_whole_and_decided_by_the_seed(val_size: float, held_out: int) -> None:
-    train, val = split(EXAMPLES, val_size, seed=3)
-    assert len(val) == held_out and sorted(train + val) == EXAMPLES
-    assert train == sorted(train) and val == sorted(val)  # the files' order stays
-    assert split(EXAMPLES, val_size, seed=3) == (train, val)
-
-
-def test_another_seed_holds_out_others() -> None:
-    assert split(EXAMPLES, 10, seed=3)[1] != split(EXAMPLES, 10, seed=4)[1]
-
-
-@pytest.mark.parametrize("val_size", [0.999, 50, 51])
-def test_a_split_that_leaves_nothing_to_train_on_is_refused(val_size: float) -> None:
-    with pytest.raises(ValueError, match=r"holds out \d+ of 50 examples: none is left to train on"):
-        split(EXAMPLES, val_size, seed=0)
-
-
-def test_an_order_is_a_permutation_decided_by_seed_and_epoch() -> None:
-    orders = [tuple(shuffled(20, seed, epoch)) for seed in range(3) for epoch in range(-1, 3)]
-    assert all(sorted(order) == list(range(20)) for order in orders)
-    assert len(set(orders)) == len(orders)
-    assert list(orders[0]) == shuffled(20, 0, -1)
-
-
-# -- packing -------------------------------------------------------------------------------------------------
-
-
-def test_the_example_of_the_docstring() -> None:
-    lengths = [700, 600, 400, 300, 300]
-    rows = [sorted(lengths[i] for i in row) for row in pack(lengths, 1000, seed=0, epoch=0)]
-    assert sorted(rows) == [[300], [300, 700], [400, 600]]
-
-
-@given(
-    lengths=st.lists(st.integers(1, 50), max_size=300),
-    seed=st.integers(0, 5),
-    epoch=st.integers(0, 5),
-)
-def test_every_example_stands_in_one_row_and_no_row_overflows(
-    lengths: list[int], seed: int, epoch: int
-) -> None:
-    rows = list(pack(lengths, 50, seed, epoch))
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= 50 for row in rows)
-    # Best fit never opens a row while another has room: at most one is half empty or more.
-    assert sum(sum(lengths[i] for i in row) <= 25 for row in rows) <= 1
-    assert list(pack(lengths, 50, seed, epoch)) == rows
-
-
-def test_rows_of_real_lengths_are_nearly_full_and_in_a_new_order_every_epoch() -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(20, 300, (10_000,), generator=generator).tolist()  # several windows
-    first, second = (list(pack(lengths, 512, seed=1, epoch=epoch)) for epoch in (0, 1))
-    for rows in (first, second):
-        assert sum(lengths) / (512 * len(rows)) > 0.97
-    assert first != second
-    means = [sum(lengths[i] for i in row) / len(row) for row in first]
-    # Rows of long examples do not all come first.
-    assert abs(sum(means[:200]) / 200 - sum(means) / len(means)) < 15

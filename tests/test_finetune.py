@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import finetune
+from minqlora.batch import Part, collate, order, pack, split, tokenize
 from minqlora.codebook import QUANT_TYPES
-from minqlora.data import IGNORE, load_dataset, shuffled
+from minqlora.data import IGNORE, DataReport
 from minqlora.lora import lora_layers
 from minqlora.tokenizer import Tokenizer
 
@@ -78,7 +79,7 @@ def run(
 
     def train(name: str = "run", **flags: Any) -> Path:
         given = dict(model=tiny_model, dataset="rows.jsonl", output_dir=name, dtype="float32", lora_r=4)
-        given |= dict(learning_rate=0.01, gradient_accumulation_steps=4, max_steps=3)
+        given |= dict(learning_rate=0.01, gradient_accumulation_steps=4, max_steps=3, packing="false")
         given |= flags
         argv = [
             text for name, value in given.items() if value is not None for text in (f"--{name}", str(value))
@@ -93,6 +94,14 @@ def run(
         getattr(tqdm, "_instances", ())
     ):  # a run cut short leaves its bar, and the next moves down
         bar.close()
+
+
+def examples_in(path: Path, model: Path) -> tuple[Part, DataReport]:
+    """The examples of a file as a run without a held-out part and with seed 7 has them."""
+    cache = finetune.Config(model, [path]).data_cache
+    assert cache.is_relative_to(os.environ["XDG_CACHE_HOME"])
+    examples, report = tokenize([path], Tokenizer(model), 1024, cache)
+    return split(examples, 0, seed=7)[0], report
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -153,7 +162,7 @@ def test_every_row_of_the_metrics_has_the_documented_keys(run: Callable[..., Pat
 
 
 def test_an_epoch_counts_every_token_once(run: Callable[..., Path], tmp_path: Path, tiny_model: Path) -> None:
-    _, report = load_dataset([tmp_path / "rows.jsonl"], Tokenizer(tiny_model), 1024)
+    _, report = examples_in(tmp_path / "rows.jsonl", tiny_model)
     flags = dict(max_steps=None, gradient_accumulation_steps=5, per_device_train_batch_size=1)
     rows = metrics(run(**flags, num_train_epochs=2))
     assert [row["epoch"] for row in rows] == [0.4167, 0.8333, 1.0, 1.4167, 1.8333, 2.0]
@@ -162,20 +171,27 @@ def test_an_epoch_counts_every_token_once(run: Callable[..., Path], tmp_path: Pa
     assert len(metrics(run("half", **flags, num_train_epochs=0.5))) == 2  # of three steps, rounded up
 
 
-def test_every_epoch_visits_every_example_in_another_order(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", [False, True])
+def test_every_epoch_visits_every_example_in_another_order(
+    tiny_model: Path, tmp_path: Path, packing: bool
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS["alpaca"])
-    examples, _ = load_dataset([path], Tokenizer(tiny_model), 1024)
-    config = finetune.Config(tiny_model, [path], per_device_train_batch_size=2, gradient_accumulation_steps=3)
-    steps = finetune.micro_batches(examples, config)
-    epochs = []
+    examples, _ = examples_in(path, tiny_model)
+    sizes = dict(per_device_train_batch_size=2, gradient_accumulation_steps=3 - packing)
+    config = finetune.Config(tiny_model, [path], packing=packing, max_seq_length=100, **sizes)  # type: ignore[arg-type]
+    steps = finetune.step_places(examples, config)
+    epochs: list[list[int]] = []
+    seen = 0.0
     for _ in range(2):
-        (middle, first), (end, second) = next(steps), next(steps)
-        assert (middle % 1, end % 1) == (0.5, 0.0)
-        batches = [*first, *second]
-        assert [len(batch.lengths) for batch in batches] == [2] * 6
-        ids = [part.tolist() for batch in batches for part in batch.input_ids[0].split(batch.lengths)]
-        assert sorted(ids) == sorted(example.input_ids for example in examples)
-        epochs.append(ids)
+        places: list[int] = []
+        while seen < len(epochs) + 1:
+            seen, micro_batches = next(steps)
+            assert len(micro_batches) <= 3 - packing
+            assert all(len(one) == 2 or packing for one in micro_batches)
+            assert all(sum(examples.lengths(one)) <= 200 for one in micro_batches)
+            places += sum(micro_batches, [])
+        assert seen == len(epochs) + 1 and sorted(places) == list(range(12))
+        epochs.append(places)
     assert epochs[0] != epochs[1]
 
 
@@ -184,7 +200,7 @@ def loss_in_transformers(model_folder: Path, rows: Path) -> float:
     from transformers import LlamaForCausalLM
 
     theirs = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
-    examples, report = load_dataset([rows], Tokenizer(model_folder), 1024)
+    examples, report = examples_in(rows, model_folder)
     total = 0.0
     for example in examples:
         with torch.no_grad():
@@ -221,6 +237,57 @@ def test_four_micro_batches_of_one_equal_one_of_four(run: Callable[..., Path]) -
     assert any((tensor != 0).any() for name, tensor in one.items() if "lora_B" in name)
 
 
+def gradients(model: Any, batches: list[Any]) -> tuple[float, dict[str, Tensor]]:
+    """The loss of an optimizer step, and the gradient it leaves."""
+    model.zero_grad()
+    loss = finetune.accumulate_gradients(model, batches)
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture(params=[4, 16], ids=["nf4", "unquantized"])
+def moved_model(request: Any, run: Any, tiny_model: Path, tmp_path: Path) -> tuple[Any, Part]:
+    """A model whose adapters do something, in float32, and the dozen examples."""
+    config = finetune.Config(
+        tiny_model, [tmp_path / "rows.jsonl"], dtype="float32", bits=request.param, lora_r=4
+    )
+    prepared = finetune.prepare(config)
+    for layer in lora_layers(prepared.model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(layer.r))
+    return prepared.model, prepared.train
+
+
+def assert_same_gradients(ours: tuple[float, dict[str, Tensor]], theirs: Any) -> None:
+    """To 1e-5 of the largest."""
+    assert math.isclose(ours[0], theirs[0], rel_tol=1e-5) and len(ours[1]) == 28
+    for name, gradient in theirs[1].items():
+        largest = gradient.abs().max().item()
+        assert largest > 0
+        torch.testing.assert_close(ours[1][name], gradient, rtol=0, atol=1e-5 * largest)
+
+
+def test_packed_rows_have_the_loss_and_gradients_of_their_examples_alone(
+    moved_model: tuple[Any, Part],
+) -> None:
+    model, examples = moved_model
+    rows = list(pack(examples, 130, seed=0, epoch=0))
+    assert 2 <= len(rows) < 6 and max(map(len, rows)) > 2
+    packed = gradients(model, [collate([examples[place] for place in row]) for row in rows])
+    alone = gradients(model, [collate([example]) for example in examples])
+    assert_same_gradients(packed, alone)
+
+
+@pytest.mark.parametrize("k", [2, 3, 5])
+def test_k_micro_batches_have_the_loss_and_gradient_of_one(moved_model: tuple[Any, Part], k: int) -> None:
+    model, examples = moved_model
+    whole = gradients(model, [collate(list(examples))])
+    size = math.ceil(12 / k)  # the last of five is smaller
+    parts = [
+        collate([examples[i] for i in range(start, min(start + size, 12))]) for start in range(0, 12, size)
+    ]
+    assert len(parts) in (k, k - 1) and len({batch.supervised for batch in parts}) > 1
+    assert_same_gradients(gradients(model, parts), whole)
+
+
 def test_gradient_checkpointing_trains_the_same_adapter(run: Callable[..., Path]) -> None:
     flags = dict(lora_dropout=0.1)
     with_it = run("with", **flags, gradient_checkpointing="true")
@@ -243,10 +310,10 @@ def test_three_steps_are_those_of_peft_and_torchs_adamw(
     model = PeftModel.from_pretrained(base, start, is_trainable=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.9), weight_decay=0.1)
-    examples, _ = load_dataset([tmp_path / "rows.jsonl"], Tokenizer(tiny_model), 1024)
-    order = shuffled(12, seed=7, epoch=0)
+    examples, _ = examples_in(tmp_path / "rows.jsonl", tiny_model)
+    places = list(order(12, seed=7, epoch=0))
     for step in range(3):
-        chosen = [examples[i] for i in order[4 * step : 4 * step + 4]]
+        chosen = [examples[i] for i in places[4 * step : 4 * step + 4]]
         learned = sum(label != IGNORE for example in chosen for label in example.labels[1:])
         losses = []
         for example in chosen:
@@ -365,7 +432,7 @@ def test_the_demos_bits_per_parameter_are_printed_at_load(
     # All but embeddings and norms: 210 matrices. 106,168,320 * 4.127 / 8 bytes = 54.8 MB.
     assert "106,168,320 of 134,515,008 parameters in NF4, 4.127 bits each (54.8 MB)" in out
     assert "rank 1 on 210 layers" in out
-    assert len(prepared.train) > 300 and prepared.held_out == []
+    assert len(prepared.train) > 300 and len(prepared.held_out) == prepared.n_held_out == 0
 
 
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
@@ -404,7 +471,8 @@ def test_options_reach_what_they_are_for(
     assert (weight.format.block_size, weight.absmax_codes, model.compute_dtype) == (32, None, torch.bfloat16)
     assert list(layers) == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert {(layer.r, layer.alpha, layer.dropout.p) for layer in layers.values()} == {(3, 5.0, 0.25)}
-    assert (len(train), len(held_out), prepared.folder) == (7, 2, Path("runs/tiny-1"))
+    assert (len(train), len(held_out), prepared.n_held_out) == (7, 5, 2)
+    assert prepared.folder == Path("runs/tiny-1")
     assert max(len(example.input_ids) for example in train) <= 40
     assert not model.model.gradient_checkpointing
     out = capsys.readouterr().out
@@ -523,7 +591,7 @@ def broken_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss that is no number from the second step on."""
     loss, calls = finetune.supervised_loss, []
 
-    def break_later(*args: Tensor) -> Tensor:
+    def break_later(*args: Any) -> Tensor:
         calls.append(1)
         return loss(*args) * (math.nan if len(calls) > 6 else 1)
 
@@ -548,26 +616,6 @@ def test_the_error_of_a_run_begins_a_line(
     with pytest.raises(SystemExit):
         run()
     assert "\nerror: step 2" in "\n" + shown(capsys.readouterr().err)
-
-
-def test_an_interrupted_run_leaves_its_adapter_and_is_not_completed(
-    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loss, calls = finetune.supervised_loss, []
-
-    def interrupt_later(*args: Tensor) -> Tensor:
-        calls.append(1)
-        if len(calls) > 6:
-            raise KeyboardInterrupt
-        return loss(*args)
-
-    monkeypatch.setattr(finetune, "supervised_loss", interrupt_later)
-    with pytest.raises(SystemExit) as stop:
-        run("cut")
-    assert stop.value.code == 130
-    assert not (tmp_path / "cut" / "completed").exists()
-    monkeypatch.setattr(finetune, "supervised_loss", loss)
-    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(run("whole", max_steps=1))
 
 
 # -- what is refused: one line that names the place, code 2, nothing left behind ---------------------------
@@ -619,12 +667,12 @@ MISTAKES: dict[str, Case] = {
     "unsupported model_type": (
         lambda m: edit_config(m, model_type="mamba"),
         [],
-        ["model/config.json: model_type 'mamba' is not supported", "supported: 'llama'"],
+        ["model/config.json: model_type 'mamba' is not supported", "supported: llama"],
     ),
     "unsupported rotary kind": (
-        lambda m: edit_config(m, rope_parameters={"rope_type": "yarn"}),
+        lambda m: edit_config(m, rope_parameters={"rope_type": "spiral"}),
         [],
-        ["model/config.json", "'yarn'", "expected 'default'"],
+        ["model/config.json", "'spiral'"],
     ),
     "no weights": (lambda m: (m / SINGLE).unlink(), [], ["model: holds neither model.safetensors nor"]),
     "no tokenizer.json": (lambda m: (m / "tokenizer.json").unlink(), [], ["model/tokenizer.json: not found"]),
@@ -863,7 +911,7 @@ def test_a_finished_run_is_not_trained_over(
     run: Callable[..., Path], refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run("mine", max_steps=1)
-    monkeypatch.setattr(finetune, "load_dataset", None)  # it shows before anything is loaded
+    monkeypatch.setattr(finetune, "tokenize", None)  # it shows before anything is loaded
     refused(["--output_dir", "mine"], "mine: holds another run")
 
 

@@ -15,6 +15,7 @@ import torch
 from minqlora.run import (
     MetricsLog,
     checkpoints,
+    discard_after,
     environment,
     newest_checkpoint,
     next_run_folder,
@@ -190,6 +191,14 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint-1", "checkpoint-10", "checkpoint-11", "checkpoint-old"]
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-11", "checkpoint-10", "checkpoint-1"]
+
+
+def test_what_comes_after_the_step_that_a_run_goes_on_from_is_deleted(tmp_path: Path) -> None:
+    for step in (2, 9, 10):
+        save_checkpoint(tmp_path, step, write_files, {})
+    (tmp_path / "checkpoint-10" / "a.bin").unlink()
+    discard_after(tmp_path, 9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-9"]
 
 
 def test_every_random_generator_goes_on_where_it_was(tmp_path: Path) -> None:
