@@ -9,14 +9,17 @@ and the optimizer's moments for lora_A and lora_B are paged to host memory. Each
 and a chapter imports only those above it, so the package reads from top to bottom:
 
     Part I, the method                 Part II, a transformer around it     Part III, a run
-     1 codebook    the 16 levels        8 architecture  config.json          17 run     the folder of a run
+     1 codebook    the 16 levels        8 architecture  config.json          20 run     the folder of a run
      2 reference   all of it, in NumPy  9 model         the network
-     3 quantize    blocks and scales   10 checkpoint    files to a model
-     4 matmul      decode and multiply 11 adapter       PEFT folders
-     5 nf4         NF4Tensor           12 tokenizer     text and templates
-     6 lora        the adapters        13 data          rows to labels
-     7 optim       PagedAdamW          14 loss          cross entropy
-                                       15 generate      one token at a time
+     3 quantize    blocks and scales   10 files         tensors in and out
+     4 matmul      decode and multiply 11 checkpoint    files to a model
+     5 nf4         NF4Tensor           12 adapter       PEFT folders
+     6 lora        the adapters        13 template      conversations to text
+     7 optim       PagedAdamW          14 tokenizer     text to tokens
+                                       15 data          rows to labels
+                                       16 batch         shuffled, packed
+                                       17 loss          cross entropy
+                                       18 generate      one token at a time
 
 Letters, in every shape comment: B batch, T time (positions), D width of the residual stream, H heads, Hd
 width of a head, N out_features, K in_features, r rank, n_blocks quantization blocks.
@@ -28,7 +31,7 @@ paper" below.
 from minqlora import reference
 from minqlora.adapter import add_lora, load_adapter, save_adapter
 from minqlora.checkpoint import load_model
-from minqlora.generate import generate
+from minqlora.generate import generate, generate_batch
 from minqlora.lora import LoRALinear, merge_lora, set_adapter
 from minqlora.nf4 import NF4Tensor
 from minqlora.optim import PagedAdamW
@@ -39,6 +42,7 @@ __all__ = [
     "PagedAdamW",
     "add_lora",
     "generate",
+    "generate_batch",
     "load_adapter",
     "load_model",
     "merge_lora",

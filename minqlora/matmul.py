@@ -95,9 +95,12 @@ def nf4_linear_backward(
 
 
 def cast_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x @ weight.T for a frozen weight (N, K) and x (..., K) of another dtype; differentiable in x."""
-    if weight.dtype == x.dtype:
-        return F.linear(x, weight)
+    """Return x @ weight.T for a weight (N, K) and x (..., K) of another dtype; differentiable in x.
+
+    A weight that is trained gets its gradient too, and is cast as a whole for it.
+    """
+    if weight.dtype == x.dtype or weight.requires_grad:
+        return F.linear(x, weight.to(x.dtype))
     y = _cast_forward(x.reshape(-1, x.shape[-1]), weight)
     return y.view(*x.shape[:-1], weight.shape[0])
 

@@ -112,16 +112,12 @@ class Config:
             raise ValueError(f"{self.verify}: no such file to verify on")
         if self.verify_tokens < 2 or self.max_seq_length < 2:
             raise ValueError("--verify_tokens and --max_seq_length must be at least 2")
-        self.max_shard_bytes()
+        quantize.shard_bytes(self.max_shard_size)
 
     def run(self) -> dict[str, Any]:
         """Return the configuration of the run that made the adapter, empty if it is not known."""
         is_checkpoint = self.adapter.name.startswith("checkpoint-")
         return run_config(self.adapter) or (run_config(self.adapter.parent) if is_checkpoint else {})
-
-    def max_shard_bytes(self) -> int:
-        """Return --max_shard_size in bytes."""
-        return quantize.Config.max_shard_bytes(self)  # type: ignore[arg-type]
 
     def quantization(self) -> Quantization:
         """Return how the base was quantized in training."""
@@ -254,7 +250,7 @@ def write_merged(config: Config) -> dict[str, Any]:
             files={"config.json": as_json(merge.config())}
             | companions(merge.source.folder)
             | companions(config.adapter),
-            max_shard_bytes=config.max_shard_bytes(),
+            max_shard_bytes=quantize.shard_bytes(config.max_shard_size),
             progress=lambda written, total: show_progress(bar, written, total),
         )
     return {

@@ -75,15 +75,16 @@ class Config:
             )
         if self.max_seq_length < 2 or self.text_tokens < 2:
             raise ValueError("--max_seq_length and --text_tokens must be at least 2")
-        self.max_shard_bytes()
+        shard_bytes(self.max_shard_size)
 
-    def max_shard_bytes(self) -> int:
-        """Return --max_shard_size in bytes."""
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])B", self.max_shard_size, re.IGNORECASE)
-        size = float(match[1]) * {"M": 1e6, "G": 1e9}[match[2].upper()] if match else 0
-        if size < 1:
-            raise ValueError(f"--max_shard_size is a size such as 500MB or 5GB, got {self.max_shard_size!r}")
-        return int(size)
+
+def shard_bytes(text: str) -> int:
+    """Return the bytes that --max_shard_size says; ValueError for what is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])B", text, re.IGNORECASE)
+    size = float(match[1]) * {"M": 1e6, "G": 1e9}[match[2].upper()] if match else 0
+    if size < 1:
+        raise ValueError(f"--max_shard_size is a size such as 500MB or 5GB, got {text!r}")
+    return int(size)
 
 
 # ---- the copy ----------------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def main() -> None:
                 config.out,
                 Quantization(config.quant_type, config.double_quant, config.block_size),
                 device=device,
-                max_shard_bytes=config.max_shard_bytes(),
+                max_shard_bytes=shard_bytes(config.max_shard_size),
                 progress=lambda written, total: show_progress(bar, written, total),
                 observe=quality.observe,
             )

@@ -466,3 +466,13 @@ def test_a_gpu_decodes_to_the_same_bits_and_multiplies_as_well(shape):
     y.sum().backward()
     torch.testing.assert_close(y.cpu(), x.detach().cpu() @ decoded(parts).T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(x.grad.cpu(), decoded(parts).sum(0).expand(4, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_trained_weight_of_another_dtype_gets_its_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 8, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(6, 8, generator=generator).requires_grad_()
+    cast_linear(x, weight).float().square().sum().backward()
+    y = (x.detach().float() @ weight.detach().bfloat16().float().T).bfloat16().float()
+    torch.testing.assert_close(weight.grad, 2 * y.T @ x.detach().float(), rtol=0.02, atol=0.1)
+    assert x.grad is not None

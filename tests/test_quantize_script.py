@@ -24,8 +24,9 @@ from minqlora import NF4Tensor, load_model
 from minqlora.checkpoint import Quantization
 from minqlora.files import Checkpoint
 from minqlora.model import Block
+from minqlora.run import StopRequest
 from minqlora.tokenizer import Tokenizer
-from quantize import Config, perplexities, quantize_checkpoint, read_windows
+from quantize import Config, perplexities, quantize_checkpoint, read_windows, shard_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "The cat sat on the mat, and the mat was in the sun; then the rain came. " * 20
@@ -419,7 +420,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     ("written", "size"), [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("1.5 gb", 1_500_000_000)]
 )
 def test_a_shard_size_is_read_in_decimal_units(written: str, size: int) -> None:
-    assert Config(Path("a"), Path("b"), max_shard_size=written).max_shard_bytes() == size
+    assert Config(Path("a"), Path("b"), max_shard_size=written) and shard_bytes(written) == size
 
 
 # -- what starts from it -----------------------------------------------------------------------------------
@@ -446,7 +447,7 @@ def test_a_run_starts_the_same_from_the_model_its_cache_and_its_copy(
     }
     for name, start in starts.items():
         config = finetune.Config(dataset=[Path("rows.jsonl")], output_dir=Path(name), **start, **how)
-        finetune.train(config, finetune.prepare(config))
+        assert finetune.train(finetune.prepare(config), StopRequest()) == 0
         rows = [json.loads(line) for line in (Path(name) / "metrics.jsonl").read_text().splitlines()]
         losses.append([row["loss"] for row in rows if "loss" in row])
     assert len(losses[0]) == 3 and losses == [losses[0]] * 4
