@@ -203,7 +203,7 @@ def encode_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
     if tokenizer.chat_template is None:
         if messages[0]["role"] == "system":
             raise ValueError(NO_TEMPLATE)
-        return tokenizer.encode(messages[-1]["content"], add_special_tokens=True)
+        return tokenizer.begin(messages[-1]["content"])
     text = tokenizer.render(messages, add_generation_prompt=True)
     try:
         turns = list(_turns(messages, tokenizer))
@@ -227,9 +227,11 @@ def _turns(messages: list[Message], tokenizer: Tokenizer) -> Iterator[tuple[str,
             raise ValueError(
                 "the chat template rewrites earlier turns, so where the answers stand cannot be told"
             )
-        # Only a text that no template wrote gets the tokenizer's own beginning-of-text token.
-        add_bos = tokenizer.chat_template is None
-        given = tokenizer.encode(prompt[len(written) :], add_special_tokens=add_bos, continues=bool(written))
+        if tokenizer.chat_template is None:
+            # Only a text that no template wrote gets the tokenizer's own beginning of one.
+            given = tokenizer.begin(prompt)
+        else:
+            given = tokenizer.encode(prompt[len(written) :], continues=bool(written))
         learned = tokenizer.encode(answer, continues=True)
         if not any(token in tokenizer.eos_ids for token in learned):
             learned.append(tokenizer.eos_ids[0])

@@ -83,12 +83,17 @@ class Tokenizer:
         beginning-of-text token already, there is no second one. continues: other text comes before, so this
         one is not marked as the beginning of a word where it does not begin with a space.
         """
-        ids = self._backend.encode(text, continues)
-        if not add_special_tokens:
-            return ids
+        if add_special_tokens:
+            return self.begin(text) + self._after
+        return self._backend.encode(text, continues)
+
+    def begin(self, text: str) -> list[int]:
+        """Return the ids of a text that goes on: after the tokens that the tokenizer puts before a text, and
+        without those that it puts behind one."""
+        ids = self._backend.encode(text, continues=False)
         if self.bos_id is not None and self._before[-1:] == ids[:1] == [self.bos_id]:
             ids = ids[1:]
-        return self._before + ids + self._after
+        return self._before + ids
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""

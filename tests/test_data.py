@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chat
-from minqlora.data import IGNORE, DataReport, Example, encode, encode_rows, to_messages
+from minqlora.data import IGNORE, DataReport, Example, encode, encode_prompt, encode_rows, to_messages
 from minqlora.tokenizer import Tokenizer
 
 END = "<|im_end|>"
@@ -220,6 +220,20 @@ def test_without_a_template_the_completion_follows_the_prompt_and_the_end_token_
         text_of(example, plain) == "<|im_start|>2 + 2 = 22<|im_end|>"
     )  # one token before it all, and one only
     assert learned(example, plain) == [" 22<|im_end|>"]
+
+
+def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt(plain: Tokenizer, tmp_path: Path) -> None:
+    folder = shutil.copytree(plain.folder, tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"]["single"].append({"SpecialToken": {"id": "<|im_end|>", "type_id": 0}})
+    token = {"id": "<|im_end|>", "ids": [2], "tokens": ["<|im_end|>"]}
+    content["post_processor"]["special_tokens"]["<|im_end|>"] = token
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    ending = Tokenizer(folder)
+    assert ending.encode("2", add_special_tokens=True)[-1] == 2
+    example = encode([user("2 + 2 ="), assistant(" 22")], ending)
+    assert text_of(example, ending) == "<|im_start|>2 + 2 = 22<|im_end|>"
+    assert encode_prompt([user("2 + 2 =")], ending) == example.input_ids[: example.labels.count(IGNORE)]
 
 
 @pytest.mark.parametrize(
