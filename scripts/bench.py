@@ -17,6 +17,8 @@ import json
 import os
 import platform
 import re
+import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import metadata, util
@@ -60,6 +62,28 @@ def as_document(command: str, rows: Sequence[dict[str, Any]], packages: Sequence
         "command": command,
         "rows": rows,
     }
+
+
+def take_turns(
+    benchmark: str, names: Sequence[str], flags: Sequence[str], rounds: int, shown: str
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, dict[str, float]]]:
+    """Run a benchmark's contenders in turn, each time in a process of its own, whose last line of output is
+    JSON; return what each found in each round, and the medians.
+
+    shown: the format of the line that is printed of a round, with the keys of that JSON and `name`.
+    """
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for turn in range(rounds):
+        for name in names:
+            command = [sys.executable, str(DOOR), benchmark, *flags, "--contender", name]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {turn + 1}  " + shown.format(name=name, **found[name][-1]), flush=True)
+    medians = {
+        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        for name, runs in found.items()
+    }
+    return found, medians
 
 
 def print_document(document: dict[str, Any], output: Path | None) -> None:

@@ -13,8 +13,6 @@ import json
 import os
 import resource
 import shutil
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from bench import DOOR, ROOT, as_document, print_document
+from bench import ROOT, as_document, print_document, take_turns
 from minqlora import add_lora, load_model, save_adapter
 from minqlora.architecture import architecture_from_config
 from minqlora.model import CausalLM
@@ -203,21 +201,9 @@ def compare(config: Config) -> None:
         names.insert(2, "peer")
     else:
         print("transformers or bitsandbytes is not installed: measuring ours alone")
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     flags = [f"--layers={config.layers}", f"--folder={config.folder}", f"--dtype={config.dtype}"]
-    for turn in range(config.rounds):
-        for name in names:
-            command = [sys.executable, str(DOOR), "load", *flags, "--contender", name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-            row = results[name][-1]
-            print(
-                f"round {turn + 1}  {name:8}{row['seconds']:8.1f} s {row['peak_rss_gb']:8.2f} GB", flush=True
-            )
-    medians = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for name, runs in results.items()
-    }
+    shown = "{name:8}{seconds:8.1f} s {peak_rss_gb:8.2f} GB"
+    results, medians = take_turns("load", names, flags, config.rounds, shown)
     print(f"\n{'median':8}{'seconds':>10}{'peak RSS, GB':>14}")
     for name, row in medians.items():
         print(f"{name:8}{row['seconds']:10.1f}{row['peak_rss_gb']:14.2f}")

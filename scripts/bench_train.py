@@ -12,8 +12,6 @@ import json
 import os
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from bench import DOOR, ROOT, as_document, print_document
+from bench import ROOT, as_document, print_document, take_turns
 from demo_assets import fetch_model
 from minqlora import PagedAdamW, add_lora, load_model
 from minqlora.loss import supervised_loss
@@ -131,22 +129,10 @@ def compare(config: Config) -> None:
         names.append("peer")
     else:
         print("transformers, peft or bitsandbytes is not installed: measuring ours alone")
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     flags = [f"--tokens={config.tokens}", f"--steps={config.steps}", f"--dtype={config.dtype}"]
     flags += [f"--gradient_checkpointing={str(config.gradient_checkpointing).lower()}"]
-    for turn in range(config.rounds):
-        for name in names:
-            command = [sys.executable, str(DOOR), "train", *flags, "--contender", name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            results[name].append(json.loads(done.stdout.splitlines()[-1]))
-            row = results[name][-1]
-            print(
-                f"round {turn + 1}  {name:16}{row['tokens_per_s']:8.1f} tokens/s {row['peak_rss_mb']:8.0f} MB"
-            )
-    medians = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        for name, runs in results.items()
-    }
+    shown = "{name:16}{tokens_per_s:8.1f} tokens/s {peak_rss_mb:8.0f} MB"
+    results, medians = take_turns("train", names, flags, config.rounds, shown)
     print(f"\n{'median':16}{'tokens/s':>10}{'step, s':>10}{'peak RSS, MB':>14}")
     for name, row in medians.items():
         print(f"{name:16}{row['tokens_per_s']:10.1f}{row['step_s']:10.3f}{row['peak_rss_mb']:14.0f}")

@@ -94,10 +94,7 @@ class Config:
                 raise ValueError(f"{path}: not found, so the base model is not known; give --model")
             self.model = Path(run["model"])
         # An adapter corrects the rounding of the base that it was trained on: another base is another model.
-        defaults = {"bits": 4, "quant_type": "nf4", "double_quant": True, "block_size": 64}
-        for name, default in {**defaults, "quantize_embeddings": False}.items():
-            if getattr(self, name) is None:
-                setattr(self, name, run.get(name, default))
+        fill_as_trained(self, run)
         if not isinstance(self.block_size, int) or self.block_size < 2 or self.block_size % 2:
             raise ValueError(f"--block_size must be even, got {self.block_size}")
 
@@ -114,6 +111,14 @@ def run_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model"), str):
         raise ValueError(f"{path}: names no model; give --model")
     return config
+
+
+def fill_as_trained(config: Any, run: dict[str, Any]) -> None:
+    """Give the options that say how the base is quantized, where they are None, the values of a run."""
+    defaults = {"bits": 4, "quant_type": "nf4", "double_quant": True, "block_size": 64}
+    for name, default in {**defaults, "quantize_embeddings": False}.items():
+        if getattr(config, name) is None:
+            setattr(config, name, run.get(name, default))
 
 
 def reply(model: CausalLM, tokenizer: Tokenizer, messages: list[Message], **options: Any) -> Iterator[str]:

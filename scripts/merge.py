@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import quantize
-from chat import run_config
+from chat import fill_as_trained, run_config
 from finetune import as_json, choose_device, show_progress
 from minqlora import NF4Tensor, load_adapter, load_model
 from minqlora.adapter import CONFIG_FILE, public_name
@@ -98,10 +98,7 @@ class Config:
     def __post_init__(self) -> None:
         """Take from the adapter's run what was not given."""
         run = self.run()
-        defaults = {"bits": 4, "quant_type": "nf4", "double_quant": True, "block_size": 64}
-        for name, default in {**defaults, "quantize_embeddings": False}.items():
-            if getattr(self, name) is None:
-                setattr(self, name, run.get(name, default))
+        fill_as_trained(self, run)
         if self.base is None:
             self.base = Path(run["model"]) if run else trained_on(self.adapter)
         if self.onto == "dequantized" and self.bits == 16:
