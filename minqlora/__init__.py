@@ -9,7 +9,7 @@ and the optimizer's moments for lora_A and lora_B are paged to host memory. Each
 and a chapter imports only those above it, so the package reads from top to bottom:
 
     Part I, the method                 Part II, a transformer around it     Part III, a run
-     1 codebook    the 16 levels        8 architecture  config.json          20 run     the folder of a run
+     1 codebook    the 16 levels        8 architecture  config.json          21 run     the folder of a run
      2 reference   all of it, in NumPy  9 model         the network
      3 quantize    blocks and scales   10 files         tensors in and out
      4 matmul      decode and multiply 11 checkpoint    files to a model
@@ -18,8 +18,8 @@ and a chapter imports only those above it, so the package reads from top to bott
      7 optim       PagedAdamW          14 tokenizer     text to tokens
                                        15 data          rows to labels
                                        16 batch         shuffled, packed
-                                       17 loss          cross entropy
-                                       18 generate      one token at a time
+                                       18 loss          cross entropy
+                                       19 generate      one token at a time
 
 Letters, in every shape comment: B batch, T time (positions), D width of the residual stream, H heads, Hd
 width of a head, N out_features, K in_features, r rank, n_blocks quantization blocks.

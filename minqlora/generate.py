@@ -1,4 +1,4 @@
-"""Chapter 18. Generation: one token after another, with everything before remembered.
+"""Chapter 19. Generation: one token after another, with everything before remembered.
 
 The prompt goes through the model once and leaves its keys and values in the cache; from then on each step
 feeds one token, reads the logits of one position, and chooses the next::

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # not exist, and the chain passes them by.
 METHOD = ["codebook", "reference", "quantize", "matmul", "nf4", "lora", "optim"]
 TRANSFORMER = ["architecture", "model", "files", "checkpoint", "adapter", "template", "tokenizer"]
-TRANSFORMER += ["data", "batch", "loss", "generate"]
+TRANSFORMER += ["data", "batch", "check", "loss", "generate"]
 CHAPTERS = [*METHOD, *TRANSFORMER, "memory", "run", "report", "parallel"]
 
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
