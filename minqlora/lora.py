@@ -207,14 +207,14 @@ class LoRALinear(nn.Module):
         """Return the base layer's output plus the adapter's. x: (..., K) -> (..., N)."""
         flat = x.reshape(-1, x.shape[-1])  # (T, K)
         if not self.enabled:
-            y = F.linear(flat, self.weight, self.bias)
-            if self.initial_A is not None and self.initial_B is not None:
-                y = self._add_product(y, flat, self.initial_A, self.initial_B)
+            if self.initial_A is None or self.initial_B is None:
+                y = F.linear(flat, self.weight, self.bias)
+            else:
+                y = self._adapted(flat, flat, self.initial_A, self.initial_B, self.bias)
         elif self.lora_magnitude_vector is None:
-            y = F.linear(flat, self.weight, self.bias)  # (T, N)
-            y = self._add_product(y, self.dropout(flat), self.lora_A, self.lora_B)
+            y = self._adapted(flat, self.dropout(flat), self.lora_A, self.lora_B, self.bias)
         else:
-            y = self._add_product(F.linear(flat, self.weight), self.dropout(flat), self.lora_A, self.lora_B)
+            y = self._adapted(flat, self.dropout(flat), self.lora_A, self.lora_B, None)
             # m / |.| is close to 1, and bfloat16 has no number between 1 and 1.0078: what is rounded is
             # the distance from 1.
             stretch = (self.lora_magnitude_vector / self.row_norm() - 1).to(y.dtype)  # (N,)
@@ -222,11 +222,9 @@ class LoRALinear(nn.Module):
             y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _add_product(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        a = F.linear(x, A.to(x.dtype))  # (T, K) @ (K, r) -> (T, r)
-        # Added into the base's fresh output: a second (T, N) for the correction would double what the layer
-        # touches.
-        return y.addmm_(a, B.to(x.dtype).T, alpha=self.scaling)  # (T, r) @ (r, N) -> (T, N)
+    def _adapted(self, x: Tensor, z: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+        A, B = A.to(x.dtype), B.to(x.dtype)
+        return AdaptedProduct.apply(x, None if z is x else z, self.weight, bias, A, B, self.scaling)
 
     def row_norm(self) -> Tensor:
         """Return the norms (N,) float32 of the rows of W + scaling B A, by the three parts of their squares.
@@ -273,6 +271,51 @@ class LoRALinear(nn.Module):
         n, k = self.weight.shape
         variant = "" if self.lora_magnitude_vector is None else ", use_dora=True"
         return f"in_features={k}, out_features={n}, r={self.r}, alpha={self.alpha:g}{variant}"
+
+
+class AdaptedProduct(torch.autograd.Function):
+    """X @ W.T + bias + scaling (Z @ A.T) @ B.T as one operation.
+
+    Both ways the correction is added into what the base has made, where plain operations would make a second
+    (T, N) in forward, a second (T, K) in backward, and copies of both around adding in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        z: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Return (T, N).
+
+        x: (T, K). z: the adapter's input (T, K), None where it is x. weight: (N, K) and bias: (N,), frozen.
+        A: (r, K) and B: (N, r), in the dtype of x.
+        """
+        y = F.linear(x, weight, bias)  # (T, K) @ (K, N) -> (T, N)
+        a = F.linear(x if z is None else z, A)  # (T, K) @ (K, r) -> (T, r)
+        y.addmm_(a, B.T, alpha=scaling)  # (T, r) @ (r, N) -> (T, N)
+        ctx.save_for_backward(x if z is None else z, weight, A, B, a)
+        ctx.scaling, ctx.shared = scaling, z is None
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, z, A and B for that of the result, (T, N)."""
+        z, weight, A, B, a = ctx.saved_tensors
+        of_x, of_z, _, _, of_A, of_B, _ = ctx.needs_input_grad
+        grad_a = (grad_y @ B).mul_(ctx.scaling)  # (T, N) @ (N, r) -> (T, r)
+        grad_x = grad_y @ weight if of_x else None  # (T, N) @ (N, K) -> (T, K)
+        grad_z = grad_a @ A if of_z else None  # (T, r) @ (r, K) -> (T, K)
+        if grad_x is not None and ctx.shared:
+            grad_x.addmm_(grad_a, A)
+        grad_A = grad_a.T @ z if of_A else None  # (r, T) @ (T, K) -> (r, K)
+        grad_B = (grad_y.T @ a).mul_(ctx.scaling) if of_B else None  # (N, T) @ (T, r) -> (N, r)
+        return grad_x, grad_z, None, None, grad_A, grad_B, None
 
 
 class TrainedTokens(nn.Module):

@@ -80,21 +80,27 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + CHUNK)
             logits = cast_linear(hidden[chunk], weight)  # (chunk, vocab)
             logits.index_copy_(1, tokens, F.linear(hidden[chunk], rows.to(hidden.dtype)))
-            logits = logits.float().mul_(scale)
+            logits = logits.float()
+            if scale != 1.0:
+                logits.mul_(scale)
             if cap is not None:
                 logits = logits.div_(cap).tanh_().mul_(cap)
             slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
             wanted = targets[chunk, None]
-            log_normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_normalizer - logits.gather(1, wanted)).sum()
+            top = logits.amax(dim=1, keepdim=True)
+            wanted_logits = logits.gather(1, wanted)
+            # Over the logits: nothing here is as large as they are. The likeliest token's probability tells
+            # what they were divided by, and is not small.
+            probability = torch.softmax(logits, dim=1, out=logits)
+            total += (top - probability.amax(dim=1, keepdim=True).log() - wanted_logits).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            # d loss / d logits = softmax - one-hot, written over the logits
-            grad_logits = logits.sub_(log_normalizer).exp_()
-            grad_logits.scatter_add_(1, wanted, torch.full_like(log_normalizer, -1.0))
+            # d loss / d logits = softmax - one-hot
+            grad_logits = probability.scatter_add_(1, wanted, torch.full_like(top, -1.0))
             if slope is not None:
                 grad_logits.mul_(slope)
-            grad_logits.mul_(scale)
+            if scale != 1.0:
+                grad_logits.mul_(scale)
             grad_own = grad_logits[:, tokens]  # (chunk, n_tokens)
             grad_logits.index_fill_(1, tokens, 0.0)  # the weight's rows for them were not used
             if grad_rows is not None:

@@ -368,7 +368,12 @@ def live(model: nn.Module) -> set[int]:
 
 def saved_tensors(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, list[Tensor]]:
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.extend(tensor.parts.values() if isinstance(tensor, NF4Tensor) else [tensor])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         return f(x), kept
 
 
