@@ -57,7 +57,7 @@ Before: nf4. Next: optim.
 import copy
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,15 +206,12 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the base layer's output plus the adapter's. x: (..., K) -> (..., N)."""
         flat = x.reshape(-1, x.shape[-1])  # (T, K)
-        if not self.enabled:
-            if self.initial_A is None or self.initial_B is None:
-                y = F.linear(flat, self.weight, self.bias)
-            else:
-                y = self._adapted(flat, flat, self.initial_A, self.initial_B, self.bias)
-        elif self.lora_magnitude_vector is None:
-            y = self._adapted(flat, self.dropout(flat), self.lora_A, self.lora_B, self.bias)
+        if not self.enabled and self.initial_A is None:
+            y = F.linear(flat, self.weight, self.bias)
+        elif not self.enabled or self.lora_magnitude_vector is None:
+            y = self._adapted(x, flat, self.bias)
         else:
-            y = self._adapted(flat, self.dropout(flat), self.lora_A, self.lora_B, None)
+            y = self._adapted(x, flat, None)
             # m / |.| is close to 1, and bfloat16 has no number between 1 and 1.0078: what is rounded is
             # the distance from 1.
             stretch = (self.lora_magnitude_vector / self.row_norm() - 1).to(y.dtype)  # (N,)
@@ -222,9 +219,14 @@ class LoRALinear(nn.Module):
             y = y if self.bias is None else y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _adapted(self, x: Tensor, z: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+    def _adapted(self, x: Tensor, flat: Tensor, bias: Tensor | None) -> Tensor:
+        A, B = (self.lora_A, self.lora_B) if self.enabled else (self.initial_A, self.initial_B)
+        assert A is not None and B is not None
+        z = self.dropout(flat) if self.enabled else flat
+        make, sources = made_from(x) if z is flat else (None, ())
         A, B = A.to(x.dtype), B.to(x.dtype)
-        return AdaptedProduct.apply(x, None if z is x else z, self.weight, bias, A, B, self.scaling)
+        z_or_none = None if z is flat else z
+        return AdaptedProduct.apply(flat, z_or_none, self.weight, bias, A, B, self.scaling, make, *sources)
 
     def row_norm(self) -> Tensor:
         """Return the norms (N,) float32 of the rows of W + scaling B A, by the three parts of their squares.
@@ -290,32 +292,54 @@ class AdaptedProduct(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scaling: float,
+        make: Callable[..., Tensor] | None,
+        *sources: Tensor,
     ) -> Tensor:
         """Return (T, N).
 
         x: (T, K). z: the adapter's input (T, K), None where it is x. weight: (N, K) and bias: (N,), frozen.
-        A: (r, K) and B: (N, r), in the dtype of x.
+        A: (r, K) and B: (N, r), in the dtype of x. make, sources: as of `made_from`; None: x is saved.
         """
         y = F.linear(x, weight, bias)  # (T, K) @ (K, N) -> (T, N)
         a = F.linear(x if z is None else z, A)  # (T, K) @ (K, r) -> (T, r)
         y.addmm_(a, B.T, alpha=scaling)  # (T, r) @ (r, N) -> (T, N)
-        ctx.save_for_backward(x if z is None else z, weight, A, B, a)
-        ctx.scaling, ctx.shared = scaling, z is None
+        saved = sources if make is not None else (x if z is None else z,)
+        ctx.save_for_backward(weight, A, B, a, *saved)
+        ctx.make, ctx.scaling, ctx.is_shared = make, scaling, z is None
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, z, A and B for that of the result, (T, N)."""
-        z, weight, A, B, a = ctx.saved_tensors
-        of_x, of_z, _, _, of_A, of_B, _ = ctx.needs_input_grad
+        weight, A, B, a, *saved = ctx.saved_tensors
+        of_x, of_z, _, _, of_A, of_B = ctx.needs_input_grad[:6]
         grad_a = (grad_y @ B).mul_(ctx.scaling)  # (T, N) @ (N, r) -> (T, r)
         grad_x = grad_y @ weight if of_x else None  # (T, N) @ (N, K) -> (T, K)
         grad_z = grad_a @ A if of_z else None  # (T, r) @ (r, K) -> (T, K)
-        if grad_x is not None and ctx.shared:
+        if grad_x is not None and ctx.is_shared:
             grad_x.addmm_(grad_a, A)
-        grad_A = grad_a.T @ z if of_A else None  # (r, T) @ (T, K) -> (r, K)
-        grad_B = (grad_y.T @ a).mul_(ctx.scaling) if of_B else None  # (N, T) @ (T, r) -> (N, r)
-        return grad_x, grad_z, None, None, grad_A, grad_B, None
+        grad_A = grad_B = None
+        if of_A:
+            z = saved[0] if ctx.make is None else ctx.make(*saved).reshape(-1, A.shape[1])
+            grad_A = grad_a.T @ z  # (r, T) @ (T, K) -> (r, K)
+        if of_B:
+            grad_B = (grad_y.T @ a).mul_(ctx.scaling)  # (N, T) @ (T, r) -> (N, r)
+        return grad_x, grad_z, None, None, grad_A, grad_B, None, None, *[None] * len(saved)
+
+
+def made_by(x: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
+    """Return x, which `make(*sources)` makes again for next to nothing, having noted that.
+
+    An adapter that is given x then saves for its backward not x but `sources`, which others save anyway.
+    """
+    if not torch.compiler.is_compiling():  # what is saved is the compiler's to decide
+        x.made_by = make, sources  # type: ignore[attr-defined]
+    return x
+
+
+def made_from(x: Tensor) -> tuple[Callable[..., Tensor] | None, tuple[Tensor, ...]]:
+    """Return what `made_by` has noted of x: how it can be made again, and of what; None if nothing."""
+    return getattr(x, "made_by", (None, ()))
 
 
 class TrainedTokens(nn.Module):

@@ -30,6 +30,7 @@ Before: architecture. Next: files.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minqlora.architecture import Architecture, Experts, Rotary
+from minqlora.lora import made_by
 from minqlora.matmul import cast_linear
 
 # cos and sin of every position's angles, (T, Rd) each or (B, 1, T, Rd), for each rotary of the model; Rd
@@ -289,8 +291,9 @@ class Attention(nn.Module):
         else:
             how["dropout"] = self.dropout if self.training else 0.0
             documents = zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True)
-            y = torch.cat([attend(*document, **how) for document in documents], dim=2)
-        return self.o_proj(rearrange(y, "B H T Hd -> B T (H Hd)"))
+            parts = [attend(*document, **how) for document in documents]
+            return self.o_proj(made_by(join_heads(*parts), join_heads, *parts))
+        return self.o_proj(join_heads(y))
 
     def _heads(self, x: Tensor) -> list[Tensor]:
         # -> queries, keys and values, (B, heads, T, Hd) each
@@ -304,6 +307,13 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             heads[:2] = self.q_norm(heads[0]), self.k_norm(heads[1])
         return heads
+
+
+def join_heads(*documents: Tensor) -> Tensor:
+    """Return (B, T, H Hd) for the heads (B, H, T, Hd) of documents that stand end to end."""
+    return rearrange(
+        torch.cat(documents, dim=2) if len(documents) > 1 else documents[0], "B H T Hd -> B T (H Hd)"
+    )
 
 
 def attend(
@@ -413,7 +423,9 @@ class MLP(nn.Module):
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
             gate, up = (getattr(self, name)(x) for name in self.names[:2])
-        return getattr(self, self.names[2])(GatedProduct.apply(gate, up, self.activation))
+        product = GatedProduct.apply(gate, up, self.activation)
+        make = partial(gated_product, activation=self.activation)
+        return getattr(self, self.names[2])(made_by(product, make, gate, up))
 
 
 class Mixture(nn.Module):
@@ -466,7 +478,7 @@ class GatedProduct(torch.autograd.Function):
         """Return act(gate) * up; activation: "silu" or "gelu_tanh"."""
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return _activate(gate, activation).mul_(up)
+        return gated_product(gate, up, activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -477,6 +489,11 @@ class GatedProduct(torch.autograd.Function):
         else:
             grad_gate = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
         return grad_gate, _activate(gate, ctx.activation).mul_(grad), None
+
+
+def gated_product(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Return act(gate) * up."""
+    return _activate(gate, activation).mul_(up)
 
 
 def _activate(gate: Tensor, activation: str) -> Tensor:
@@ -498,10 +515,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., size) to (..., size)."""
+        y = Normalize.apply(x, self.eps, torch.float32 if self.in_float32 else x.dtype)
+        make = partial(self._weighted, dtype=x.dtype)
+        return made_by(make(y), make, y)
+
+    def _weighted(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         if not self.in_float32:
-            return Normalize.apply(x, self.eps, x.dtype) * self.weight.to(x.dtype)
-        y = Normalize.apply(x, self.eps, torch.float32)
-        return (y * (self.weight.float() + self.offset)).to(x.dtype)
+            return y * self.weight.to(dtype)
+        return (y * (self.weight.float() + self.offset)).to(dtype)
 
 
 class Normalize(torch.autograd.Function):

@@ -12,6 +12,7 @@ load     a 7B-shaped checkpoint into 4 bits: time and peak memory, against trans
 Each prints a table for people and, as the last line of output, the JSON document that --output writes too.
 """
 
+import ctypes.util
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -64,23 +66,55 @@ def as_document(command: str, rows: Sequence[dict[str, Any]], packages: Sequence
     }
 
 
+@dataclass
+class Allocator:
+    """What hands out memory to a process that measures, and the environment that makes it do so."""
+
+    name: str
+    library: str
+    environment: dict[str, str]
+
+
+def allocators(wanted: Sequence[str]) -> dict[str, Allocator]:
+    """Return those of the allocators wanted, glibc and tcmalloc, that are installed."""
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    environment["HF_HUB_OFFLINE"] = "1"  # the peers as installed, no kernel fetched
+    libc = " ".join(platform.libc_ver()).strip() or "the system's"
+    found = {"glibc": Allocator("glibc", libc, environment)}
+    if sys.platform == "linux":  # LD_PRELOAD is Linux's
+        library = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
+        if library is not None:
+            found["tcmalloc"] = Allocator("tcmalloc", library, environment | {"LD_PRELOAD": library})
+    return {name: found[name] for name in wanted if name in found}
+
+
 def take_turns(
-    benchmark: str, names: Sequence[str], flags: Sequence[str], rounds: int, shown: str
-) -> tuple[dict[str, list[dict[str, float]]], dict[str, dict[str, float]]]:
+    benchmark: str,
+    names: Sequence[str],
+    flags: Sequence[str],
+    rounds: int,
+    shown: str,
+    environment: dict[str, str] | None = None,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, float]]]:
     """Run a benchmark's contenders in turn, each time in a process of its own, whose last line of output is
-    JSON; return what each found in each round, and the medians.
+    JSON; return what each found in each round, and the medians of the numbers.
 
     shown: the format of the line that is printed of a round, with the keys of that JSON and `name`.
+    environment: of the processes; None: this one's.
     """
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names:
             command = [sys.executable, str(DOOR), benchmark, *flags, "--contender", name]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {turn + 1}  " + shown.format(name=name, **found[name][-1]), flush=True)
     medians = {
-        name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+        name: {
+            key: statistics.median(run[key] for run in runs)
+            for key, value in runs[0].items()
+            if isinstance(value, int | float)
+        }
         for name, runs in found.items()
     }
     return found, medians

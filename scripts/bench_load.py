@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     folder = config.folder / f"{config.layers}-layers"
     if config.contender == "all":
         with user_errors():
-            make_checkpoint(folder, config.layers)
+            make_checkpoint(folder, LLAMA_2_7B | {"num_hidden_layers": config.layers})
         compare(config)
         return
     began = time.perf_counter()
@@ -82,13 +82,12 @@ def main(argv: Sequence[str]) -> None:
 # ---- the checkpoint ----------------------------------------------------------------------------------------
 
 
-def make_checkpoint(folder: Path, layers: int) -> None:
-    """Write the random checkpoint unless it is there; the index, written last, says that it is whole."""
+def make_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+    """Write a random checkpoint unless it is there; the index, written last, says that it is whole."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    config = LLAMA_2_7B | {"num_hidden_layers": layers}
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in CausalLM(architecture_from_config(config)).named_parameters()}
     weight_map: dict[str, str] = {}

@@ -27,11 +27,9 @@ in pieces of 2 MiB, and has to get them back. Ours, whose fresh results are on h
 Leave the machine otherwise idle. The last line of output is the JSON that --output writes.
 """
 
-import ctypes.util
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -48,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import DOOR, as_document, parse_shape, print_document
+from bench import DOOR, Allocator, allocators, as_document, parse_shape, print_document
 from minqlora import NF4Tensor, quantize
 from options import option, parse
 
@@ -301,19 +299,15 @@ def require_allocator(name: str) -> None:
 
 def compare(config: Config, argv: Sequence[str]) -> None:
     """Measure in a process for each allocator; print their rows as they come, and the JSON document."""
-    libraries: dict[str, str | None] = {
-        "glibc": " ".join(platform.libc_ver()).strip() or "the system's",
-        "tcmalloc": find_tcmalloc(),
-    }
+    found = allocators(config.allocators)
     skipped = [f"{name} is not installed" for name in PEERS if not util.find_spec(name)]
-    skipped += [f"{name} is not installed" for name in config.allocators if libraries[name] is None]
+    skipped += [f"{name} is not installed" for name in config.allocators if name not in found]
     for reason in skipped:
         print(f"skipped: {reason}")
-    allocators = {name: library for name in config.allocators if (library := libraries[name])}
     rows: list[dict[str, Any]] = []
-    for allocator, library in allocators.items():
-        print(f"\nunder {library}\n{HEADER}", flush=True)
-        for line in run_under(allocator, library, argv):
+    for allocator in found.values():
+        print(f"\nunder {allocator.library}\n{HEADER}", flush=True)
+        for line in run_under(allocator, argv):
             if "skipped" not in line:
                 rows.append(line)
                 print(as_text(line), flush=True)
@@ -323,23 +317,14 @@ def compare(config: Config, argv: Sequence[str]) -> None:
     print()
     command = shlex.join(["scripts/bench.py", "quant", *argv])
     document = as_document(command, rows, ("torch", *PEERS))
-    kept = {"allocators": allocators, "threads": torch.get_num_threads(), "skipped": skipped, "notes": NOTES}
+    libraries = {name: allocator.library for name, allocator in found.items()}
+    kept = {"allocators": libraries, "threads": torch.get_num_threads(), "skipped": skipped, "notes": NOTES}
     print_document(document | kept, config.output)
 
 
-def find_tcmalloc() -> str | None:
-    """Return the name by which the loader finds tcmalloc, the smaller build first, or None."""
-    if sys.platform != "linux":  # LD_PRELOAD is Linux's
-        return None
-    return ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
-
-
-def run_under(allocator: str, library: str, argv: Sequence[str]) -> Iterator[dict[str, Any]]:
+def run_under(allocator: Allocator, argv: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Measure in a process of its own under an allocator; yield what it prints, line by line."""
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    environment |= {ALLOCATOR: allocator, "HF_HUB_OFFLINE": "1"}  # the peers as installed, no kernel fetched
-    if allocator == "tcmalloc":
-        environment["LD_PRELOAD"] = library
+    environment = allocator.environment | {ALLOCATOR: allocator.name}
     command = [sys.executable, str(DOOR), "quant", *argv]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -347,7 +332,9 @@ def run_under(allocator: str, library: str, argv: Sequence[str]) -> Iterator[dic
             if line.startswith("{"):  # a peer may have something to say as it is imported
                 yield json.loads(line)
     if process.returncode:
-        print(f"error: the process under {allocator} ended with code {process.returncode}", file=sys.stderr)
+        print(
+            f"error: the process under {allocator.name} ended with code {process.returncode}", file=sys.stderr
+        )
         raise SystemExit(1)
 
 

@@ -55,7 +55,8 @@ def positive(number: Any) -> bool:
         ([], "no benchmark named; the first word is one of train, quant, error"),
         (["quantize"], "there is no benchmark 'quantize'; the first word is one of train, quant, error"),
         (["--rounds", "1"], "there is no benchmark '--rounds'; "),
-        (["train", "--token", "1"], "--token: there is no such option; did you mean --tokens?"),
+        (["train", "--case", "main"], "--case: there is no such option; did you mean --cases?"),
+        (["train", "--cases", "mian"], "--cases: expected one of main, growth, curve"),
         (["quant", "--contender", "peer"], "--contender: there is no such option"),
         (["quant", "--shapes", "64x64", "64"], "expected a shape, rows x columns, as in 576x1536; got '64'"),
         (["quant", "--rounds", "0"], "rounds and tokens must be positive"),
@@ -95,14 +96,35 @@ def test_a_document_is_printed_even_if_it_cannot_be_written(tmp_path, capsys):
 # -- train -------------------------------------------------------------------------------------------------
 
 
-def test_a_row_of_train_has_the_ratio_to_the_peer_or_none_without_one():
-    fast, slow = (
-        dict(tokens_per_s=30.0, step_s=1.0, peak_rss_mb=2.0),
-        dict.fromkeys(("tokens_per_s", "step_s", "peak_rss_mb"), 10.0),
-    )
-    alone = {"minqlora": fast, "minqlora-16bit": slow}
-    assert [row["ratio"] for row in bench_train.as_rows(alone | {"peer": slow})] == [3.0, 0.1, 0.2]
-    assert [row["ratio"] for row in bench_train.as_rows(alone)] == [None] * 3
+def test_a_row_of_train_has_the_median_ratio_of_neighbours_or_none_without_a_peer():
+    def runs(*speeds: float) -> list[dict[str, Any]]:
+        others = dict(supervised_per_s=1.0, step_s=1.0, peak_mb=1.0, losses=[2.0, 1.0])
+        return [dict(tokens_per_s=speed, **others) for speed in speeds]
+
+    alone = {"minqlora": runs(30.0, 10.0, 22.0)}
+    [row, *_] = bench_train.as_rows(alone | {"peer": runs(10.0, 10.0, 11.0)}, "random", "glibc")
+    assert (row["ours"], row["peer"], row["ratio"], row["ratio_16bit"]) == (22.0, 10.0, 2.0, None)
+    assert [row["ratio"] for row in bench_train.as_rows(alone, "random", "glibc")] == [None] * 4
+
+
+def test_train_compares_the_losses_step_by_step():
+    run = dict.fromkeys(bench_train.METRICS, 1.0)
+    found = {"minqlora": [run | {"losses": [2.0, 1.0]}], "peer": [run | {"losses": [2.0, 1.25]}]}
+    last = bench_train.as_rows(found, "curve", "glibc")[-1]
+    assert last["metric"] == "losses" and last["largest_relative_difference"] == pytest.approx(0.2)
+
+
+@pytest.mark.slow
+def test_contenders_train_on_the_same_tokens_to_the_same_loss(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    path = tmp_path / "train.json"
+    flags = ["--cases", "gsm8k", "--steps", "1", "--rounds", "1", "--allocators", "glibc"]
+    lines = run("train", *flags, "--output", str(path))
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert json.loads(lines[-1]) == document
+    rows = {row["metric"]: row for row in document["rows"]}
+    assert all(positive(rows[metric][who]) for metric in bench_train.METRICS for who in ("ours", "peer"))
+    assert rows["losses"]["largest_relative_difference"] < 1e-3
 
 
 # -- quant -------------------------------------------------------------------------------------------------
