@@ -74,7 +74,8 @@ def nf4_linear(
     of the first nested block come before these (of a part of a larger weight). Returns (..., N) in x's dtype.
     """
     sizes = (*shape, block_size, nested_block_size, nested_first)
-    y = _nf4_forward(x.reshape(-1, x.shape[-1]), packed, scales, codebook, *sizes)
+    forward = _nf4_forward_now if _is_plain(x) else _nf4_forward
+    y = forward(x.reshape(-1, x.shape[-1]), packed, scales, codebook, *sizes)
     return y.view(*x.shape[:-1], shape[0])
 
 
@@ -91,7 +92,13 @@ def nf4_linear_backward(
     """Return grad_y @ W, (T, N) -> (T, K): the gradient of `nf4_linear`'s x, whose other arguments these
     are."""
     sizes = (*shape, block_size, nested_block_size, nested_first)
-    return _nf4_backward(grad_y, packed, scales, codebook, *sizes)
+    backward = _nf4_backward_now if _is_plain(grad_y) else _nf4_backward
+    return backward(grad_y, packed, scales, codebook, *sizes)
+
+
+def _is_plain(x: Tensor) -> bool:
+    # Nobody differentiates or compiles what follows: the way through an operator would only cost time.
+    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
 
 
 def cast_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -304,8 +311,7 @@ def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor
 # ---- the operators -----------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("minqlora::nf4_linear", mutates_args=())
-def _nf4_forward(
+def _nf4_forward_now(
     x: Tensor,
     packed: Tensor,
     scales: list[Tensor],
@@ -321,8 +327,7 @@ def _nf4_forward(
     return _multiply(x, n_rows, _nf4_tiles(packed, scales, codebook, *sizes, x.dtype, tile=tile))
 
 
-@torch.library.custom_op("minqlora::nf4_linear_backward", mutates_args=())
-def _nf4_backward(
+def _nf4_backward_now(
     grad_y: Tensor,
     packed: Tensor,
     scales: list[Tensor],
@@ -368,6 +373,8 @@ def _cast_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
     return _multiply_transposed(grad_y, weight.shape[1], _cast_tiles(weight, grad_y.dtype))
 
 
+_nf4_forward = torch.library.custom_op("minqlora::nf4_linear", _nf4_forward_now, mutates_args=())
+_nf4_backward = torch.library.custom_op("minqlora::nf4_linear_backward", _nf4_backward_now, mutates_args=())
 _nf4_forward.register_fake(lambda x, packed, scales, codebook, n_rows, *_: x.new_empty(x.shape[0], n_rows))
 _nf4_backward.register_fake(
     lambda g, packed, scales, codebook, n_rows, n_columns, *_: g.new_empty(g.shape[0], n_columns)
