@@ -62,8 +62,8 @@ class ModelConfig:
     )
     adapter: list[str] | None = option(
         None,
-        "adapter folders: runs of finetune.py, their checkpoints, or PEFT's; the first is active, each is known "
-        "by its folder's name, or as NAME=FOLDER says",
+        "adapter folders: runs of finetune.py, their checkpoints, or PEFT's; the first is active, each is "
+        "known by its folder's name, or as NAME=FOLDER says",
     )
     bits: Literal[4, 16] | None = option(
         None,
