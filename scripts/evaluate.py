@@ -120,7 +120,6 @@ class Share:
 
     hits: np.ndarray
     items: str = "questions"
-    lower_is_better: bool = False
 
     def __len__(self) -> int:
         return len(self.hits)
@@ -162,7 +161,6 @@ class Loss:
     items: str
     scale: float = 1.0
     exponentiated: bool = False
-    lower_is_better: bool = True
 
     def __len__(self) -> int:
         return len(self.sums)
@@ -278,6 +276,11 @@ def measure_text(contender: Contender, path: Path, text: str, config: Config) ->
     first = [token for token in tokenizer.begin("")[:1] if token == tokenizer.bos_id]
     if len(ids) + len(first) < 2:
         raise ValueError(f"{path}: too short a text to take a perplexity of")
+    longest = contender.model.arch.max_positions
+    if min(config.max_seq_length, len(ids)) > longest:
+        raise ValueError(
+            f"--max_seq_length {config.max_seq_length}: the model was trained on {longest} tokens at most"
+        )
     examples = windows(ids, first, config.max_seq_length, config.stride)
     sums, counts = summed_losses(contender.model, examples, path.name)
     counted = ids if first else ids[1:]
@@ -609,7 +612,8 @@ def print_table(document: dict[str, Any]) -> None:
     print(f"{'':12}{'':>11}  {'95 % interval':20}{'against base':>12}  95 % interval")
     for row in document["results"]:
         percent = row["item"] == "questions"
-        print(f"{row['measure']}, {row['file']}: {row['items']:,} {row['item']}")
+        items = row["item"] if row["items"] != 1 else row["item"].removesuffix("s")
+        print(f"{row['measure']}, {row['file']}: {row['items']:,} {items}")
         for name, found in row["contenders"].items():
             line = f"  {name:10}{_number(found['value'], percent):>11}  {_interval(found, percent):20}"
             if name in row["against_base"]:

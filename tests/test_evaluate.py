@@ -490,6 +490,7 @@ CHOICE = {"question": "?", "choices": ["a", "b"], "answer": 0}
     ("option", "content", "message"),
     [
         ("text", "", "too short a text"),
+        ("text", "a b c " * 200, "--max_seq_length 1024: the model was trained on 512 tokens at most"),
         ("text", b"caf\xe9", "x.jsonl: not UTF-8 (unexpected end of data at byte 3)"),
         ("dataset", "{}", "x.jsonl"),
         ("questions", "", "x.jsonl: is empty"),
