@@ -3,7 +3,17 @@
 The prompt goes through the model once and leaves its keys and values in the cache; from then on each step
 feeds one token, reads the logits of one position, and chooses the next::
 
-    logits / temperature -> softmax -> the smallest set of tokens with probability top_p -> draw one
+    logits -> less of what was said -> / temperature -> the top_k likeliest -> the nucleus top_p -> draw one
+
+Four tokens, of which the last was said before, with a penalty of 2, temperature 0.5, top_k 3, top_p 0.9::
+
+    logits         2.0     1.0     0.0     3.0
+    penalty                                1.5
+    temperature    4.0     2.0     0.0     3.0
+    top_k          4.0     2.0      -      3.0
+    softmax        0.665   0.090    -      0.245
+    top_p          4.0      -       -      3.0          0.665 + 0.245 is 0.9 already
+    drawn with     0.731    -       -      0.269
 
 At temperature 0 the likeliest token is taken ("greedy"), and the same prompt gives the same answer.
 
@@ -14,15 +24,22 @@ positions count from where a prompt begins, so each row gets what it would get a
     .  .  7  3 | 9  ...        padding 2
     5  8  2  6 | 1  ...        padding 0
 
+A conversation is the same prompt again and again, a little longer each time. `PrefixCache` keeps the keys and
+values from one call to the next, and only what is new goes through the model.
+
 Shapes and dtypes: token ids are Python ints; logits (B, vocab) float32. Cost: one decoding of every 4-bit
 weight for each step, which is what bounds the speed.
 
-Source of top-p: "The Curious Case of Neural Text Degeneration", "Nucleus Sampling".
+Source of top-p: "The Curious Case of Neural Text Degeneration", "Nucleus Sampling"; of top-k: "Hierarchical
+Neural Story Generation"; of the penalty: "CTRL", "Sampling". Their order is that of transformers.
 
 Before: loss. Next: run.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,23 +47,121 @@ from torch import Tensor
 from minqlora.model import CausalLM, KVCache
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature: what logits are divided by; 0 is greedy. top_k: draw from so many of the likeliest tokens; 0
+    from all. top_p: draw from the likeliest that have this much probability together. repetition_penalty:
+    what the logits of tokens that stand in the prompt or the answer are divided by, or multiplied by where
+    they are negative. Raises ValueError for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, expected, holds in (
+            ("temperature", "at least 0", self.temperature >= 0),
+            ("top_k", "a whole number, at least 0", self.top_k >= 0 and self.top_k == int(self.top_k)),
+            ("top_p", "above 0 and at most 1", 0 < self.top_p <= 1),
+            ("repetition_penalty", "above 0", self.repetition_penalty > 0),
+        ):
+            if not holds:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
+
+    def warp(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Return the logits to draw from, -inf for tokens that are left out.
+
+        logits: (B, vocab) float32. seen: (B, vocab) bool, the tokens that the penalty is for.
+        """
+        if self.repetition_penalty != 1:
+            penalty = self.repetition_penalty
+            penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+            logits = torch.where(seen, penalized, logits)
+        if self.temperature == 0:
+            return logits
+        logits = logits / self.temperature
+        if 0 < self.top_k < logits.shape[-1]:
+            least = logits.topk(self.top_k).values[:, -1:]  # (B, 1)
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p < 1:
+            probability, ids = logits.softmax(-1).sort(descending=True)  # (B, vocab) each
+            before = probability.cumsum(-1) - probability  # of all likelier tokens: the first always stays
+            left_out = torch.empty_like(seen).scatter_(-1, ids, before >= self.top_p)
+            logits = logits.masked_fill(left_out, -torch.inf)
+        return logits
+
+    def choose(self, logits: Tensor, seen: Tensor, generators: Sequence[torch.Generator | None]) -> list[int]:
+        """Return a token id for each row of logits (B, vocab); each draws from its generator, of the CPU."""
+        logits = self.warp(logits, seen)
+        if self.temperature == 0:
+            return logits.argmax(-1).tolist()
+        rows = zip(logits.softmax(-1).cpu(), generators, strict=True)
+        return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
+
+
+class PrefixCache:
+    """Keys and values of the last prompt and its answer, for the next prompt that begins as they did.
+
+    `clear` it when the model is another one, which it also is with another adapter.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.ids: list[int] = []  # the tokens that the cache holds
+        self.cache: KVCache | None = None
+
+    def open(self, model: CausalLM, prompt: list[int], capacity: int) -> KVCache:
+        """Return a cache that holds what is known of a prompt, with room for `capacity` positions in all.
+
+        The prompt's last token is never known: it has to be read again for its logits.
+        """
+        length = self._shared(model, prompt)
+        if self.cache is None or self.cache.capacity < capacity:
+            larger = KVCache(model.arch, 1, capacity, model.compute_dtype, model.device)
+            if self.cache is not None:
+                larger.kv[..., :length, :] = self.cache.kv[..., :length, :]
+            self.cache = larger
+        self.cache.length = length
+        del self.ids[length:]
+        return self.cache
+
+    def _shared(self, model: CausalLM, prompt: list[int]) -> int:
+        # An interrupted step may have left one of the two ahead of the other.
+        known = 0 if self.cache is None else min(self.cache.length, len(self.ids))
+        # Some rotaries turn all positions otherwise once one is beyond a length: then nothing is the same.
+        rotaries = [layer.rotary for layer in model.arch.layers if layer.rotary is not None]
+        lengths = [rotary.original_length for rotary in rotaries if rotary.original_length is not None]
+        if any(max(known, len(prompt)) > length for length in lengths):
+            return 0
+        pairs = zip(self.ids[:known], prompt[:-1], strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def generate(
     model: CausalLM,
     prompt: list[int],
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     eos_ids: Collection[int] = (),
     seed: int | None = None,
+    prefix: PrefixCache | None = None,
+    **sampling: Any,
 ) -> Iterator[int]:
     """Yield the token ids that continue a prompt, one by one, until an end token (which is not yielded) or
     max_new_tokens.
 
-    prompt: token ids, at least one. temperature: 0 is greedy. top_p: in (0, 1]. seed: None draws from torch's
-    global generator. Raises ValueError for an empty prompt or options out of range.
+    prompt: token ids, at least one. seed: None draws from torch's global generator. prefix: what it knows of
+    the prompt is not read again; it then knows prompt and answer. sampling: the fields of `Sampling`, such as
+    temperature=0.7, top_p=0.9. Raises ValueError for an empty prompt or options out of range.
     """
-    steps = _steps(model, [prompt], max_new_tokens, temperature, top_p, eos_ids, seed)
+    steps = _steps(model, [prompt], [[]], max_new_tokens, eos_ids, seed, Sampling(**sampling), prefix=prefix)
     return (token for (token,) in steps if token is not None)
 
 
@@ -55,82 +170,94 @@ def generate_batch(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
     eos_ids: Collection[int] = (),
     seed: int | None = None,
+    ends: Callable[[list[int]], bool] | None = None,
+    **sampling: Any,
 ) -> list[list[int]]:
     """Return for each prompt the token ids that continue it, what `generate` yields for it alone.
 
-    Arguments as in `generate`; with a seed, every prompt draws from a generator of its own.
+    ends: asked after each token about a prompt's answer so far, and True ends it there. Other arguments as in
+    `generate`; with a seed, every prompt draws from a generator of its own.
     """
     answers: list[list[int]] = [[] for _ in prompts]
-    if not prompts:
-        return answers
-    for tokens in _steps(model, prompts, max_new_tokens, temperature, top_p, eos_ids, seed):
-        for answer, token in zip(answers, tokens, strict=True):
-            if token is not None:
-                answer.append(token)
+    if prompts:
+        for _ in _steps(
+            model, prompts, answers, max_new_tokens, eos_ids, seed, Sampling(**sampling), ends=ends
+        ):
+            pass
     return answers
 
 
 def _steps(
     model: CausalLM,
     prompts: Sequence[list[int]],
+    answers: list[list[int]],
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
     eos_ids: Collection[int],
     seed: int | None,
+    sampling: Sampling,
+    *,
+    ends: Callable[[list[int]], bool] | None = None,
+    prefix: PrefixCache | None = None,
 ) -> Iterator[list[int | None]]:
     # Checks at the call, not at the first token.
     if not all(prompts):
         raise ValueError("the prompt is empty: there is nothing to continue")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"expected temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
     generators = [None if seed is None else torch.Generator().manual_seed(seed) for _ in prompts]
+    seen = torch.zeros(len(prompts), model.arch.vocab_size, dtype=torch.bool, device=model.device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
 
     def pick(logits: Tensor) -> list[int]:
-        return [choose(row, temperature, top_p, draw) for row, draw in zip(logits, generators, strict=True)]
+        picked = sampling.choose(logits, seen, generators)
+        seen[range(len(picked)), picked] = True
+        return picked
 
-    return _decode(model, prompts, max_new_tokens, frozenset(eos_ids), pick)
+    def is_over(answer: list[int]) -> bool:
+        return ends is not None and ends(answer)
+
+    return _decode(model, prompts, answers, max_new_tokens, frozenset(eos_ids), pick, is_over, prefix)
 
 
 def _decode(
     model: CausalLM,
     prompts: Sequence[list[int]],
+    answers: list[list[int]],
     max_new_tokens: int,
     eos_ids: frozenset[int],
     pick: Callable[[Tensor], list[int]],
+    is_over: Callable[[list[int]], bool],
+    prefix: PrefixCache | None,
 ) -> Iterator[list[int | None]]:
-    # Yields each step's tokens, None for a row that has come to its end.
+    # Adds each step's tokens to the answers and yields them, None for a row that has come to its end.
     width = max(map(len, prompts))
     missing = [width - len(prompt) for prompt in prompts]
-    padding = torch.tensor(missing, device=model.device) if any(missing) else None
-    cache = KVCache(
-        model.arch, len(prompts), width + max_new_tokens, model.compute_dtype, model.device, padding
-    )
+    if prefix is None:
+        padding = torch.tensor(missing, device=model.device) if any(missing) else None
+        size = len(prompts), width + max_new_tokens
+        cache = KVCache(model.arch, *size, model.compute_dtype, model.device, padding)
+    else:
+        cache = prefix.open(model, prompts[0], width + max_new_tokens)
     # Any id serves as padding, because nothing looks at it.
     rows = [[0] * n + prompt for n, prompt in zip(missing, prompts, strict=True)]
-    tokens = torch.tensor(rows, device=model.device)
+    tokens = torch.tensor(rows, device=model.device)[:, cache.length :]
     alive = [True] * len(prompts)
     for _ in range(max_new_tokens):
         # inference_mode would leak into the caller's code at each yield; it covers one step only.
         with torch.inference_mode():
             hidden = model.model(tokens, cache=cache)
             picked = pick(model.logits(hidden[:, -1]).float())
+        if prefix is not None:
+            prefix.ids += tokens[0].tolist()
         alive = [was and token not in eos_ids for was, token in zip(alive, picked, strict=True)]
         if not any(alive):
             return
+        for answer, token, here in zip(answers, picked, alive, strict=True):
+            if here:
+                answer.append(token)
         yield [token if here else None for token, here in zip(picked, alive, strict=True)]
+        alive = [here and not is_over(answer) for here, answer in zip(alive, answers, strict=True)]
+        if not any(alive):
+            return
         tokens = torch.tensor(picked, device=model.device)[:, None]
-
-
-def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> int:
-    """Return one token id for logits (vocab,): the likeliest at temperature 0, else one of the nucleus."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probability, ids = (logits.cpu() / temperature).softmax(0).sort(descending=True)
-    before = probability.cumsum(0) - probability  # mass of all likelier tokens: the first one is always kept
-    probability[before >= top_p] = 0
-    return int(ids[torch.multinomial(probability, 1, generator=generator)])

@@ -113,8 +113,7 @@ class Config:
 
     def run(self) -> dict[str, Any]:
         """Return the configuration of the run that made the adapter, empty if it is not known."""
-        is_checkpoint = self.adapter.name.startswith("checkpoint-")
-        return run_config(self.adapter) or (run_config(self.adapter.parent) if is_checkpoint else {})
+        return run_config(self.adapter)
 
     def quantization(self) -> Quantization:
         """Return how the base was quantized in training."""

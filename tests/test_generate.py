@@ -1,6 +1,8 @@
 """Greedy generation writes what transformers' does; sampling keeps to its nucleus, its seed and its end."""
 
 from collections import Counter
+from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minqlora import generate, load_model
-from minqlora.generate import choose, generate_batch
+from minqlora.generate import PrefixCache, Sampling, generate_batch
 from minqlora.model import CausalLM
 from minqlora.tokenizer import Tokenizer
 
@@ -81,7 +83,7 @@ def test_a_batch_padded_on_the_left_is_that_of_transformers(
 def test_each_row_of_a_batch_gets_what_it_gets_alone(
     demo_fp32: CausalLM, prompts: list[list[int]], temperature: float
 ) -> None:
-    options: dict[str, Any] = dict(max_new_tokens=10, temperature=temperature, eos_ids=[2], seed=3)
+    options: dict[str, Any] = dict(max_new_tokens=12, temperature=temperature, eos_ids=[2], seed=1)
     alone = [list(generate(demo_fp32, prompt, **options)) for prompt in prompts]
     assert len({len(answer) for answer in alone}) > 1  # one of them ends before the others
     assert generate_batch(demo_fp32, prompts, **options) == alone
@@ -143,24 +145,33 @@ def test_at_a_tiny_temperature_sampling_is_greedy(tiny: CausalLM) -> None:
 LOGITS = torch.tensor([0.125, 0.5, 0.125, 0.25]).log()
 
 
-def frequencies(logits: Tensor, temperature: float, top_p: float, draws: int = 4000) -> dict[int, float]:
+def frequencies(logits: Tensor, draws: int = 4000, **sampling: Any) -> dict[int, float]:
     generator = torch.Generator().manual_seed(0)
-    counts = Counter(choose(logits, temperature, top_p, generator) for _ in range(draws))
+    none_seen = torch.zeros(1, len(logits), dtype=torch.bool)
+    options = Sampling(**({"temperature": 1.0} | sampling))
+    counts = Counter(options.choose(logits[None], none_seen, [generator])[0] for _ in range(draws))
     return {token: count / draws for token, count in counts.items()}
 
 
 @pytest.mark.parametrize(
-    ("top_p", "expected"),
+    ("sampling", "expected"),
     [
-        (0.01, {1: 1.0}),
-        (0.5, {1: 1.0}),
-        (0.51, {1: 2 / 3, 3: 1 / 3}),
-        (0.75, {1: 2 / 3, 3: 1 / 3}),
-        (1.0, {0: 0.125, 1: 0.5, 2: 0.125, 3: 0.25}),
+        ({"top_p": 0.01}, {1: 1.0}),
+        ({"top_p": 0.5}, {1: 1.0}),
+        ({"top_p": 0.51}, {1: 2 / 3, 3: 1 / 3}),
+        ({"top_p": 0.75}, {1: 2 / 3, 3: 1 / 3}),
+        ({"top_p": 1.0}, {0: 0.125, 1: 0.5, 2: 0.125, 3: 0.25}),
+        ({"top_k": 1}, {1: 1.0}),
+        ({"top_k": 2}, {1: 2 / 3, 3: 1 / 3}),
+        ({"top_k": 9}, {0: 0.125, 1: 0.5, 2: 0.125, 3: 0.25}),
+        ({"top_k": 2, "top_p": 0.6}, {1: 1.0}),  # of the two that are left, the first has 2 / 3
     ],
+    ids=str,
 )
-def test_top_p_keeps_the_smallest_set_that_has_that_much(top_p: float, expected: dict[int, float]) -> None:
-    drawn = frequencies(LOGITS, 1.0, top_p)
+def test_tokens_are_drawn_as_often_as_they_should(
+    sampling: dict[str, float], expected: dict[int, float]
+) -> None:
+    drawn = frequencies(LOGITS, **sampling)
     assert drawn.keys() == expected.keys()
     for token, probability in expected.items():  # four standard deviations of 4000 draws: 0.03 at most
         assert abs(drawn[token] - probability) <= 4 * (probability * (1 - probability) / 4000) ** 0.5
@@ -168,30 +179,80 @@ def test_top_p_keeps_the_smallest_set_that_has_that_much(top_p: float, expected:
 
 def test_temperature_raises_probabilities_to_its_inverse() -> None:
     # At 0.5 they are squared: 1/64, 16/64, 1/64, 4/64 of 22/64.
-    drawn = frequencies(LOGITS, 0.5, 1.0)
+    drawn = frequencies(LOGITS, temperature=0.5)
     for token, share in {0: 1, 1: 16, 2: 1, 3: 4}.items():
         probability = share / 22
         assert abs(drawn[token] - probability) <= 4 * (probability * (1 - probability) / 4000) ** 0.5
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
-    assert choose(torch.tensor([0.0, 2.0, 2.0, 1.0]), 0.0, 1.0, None) == 1
+    seen = torch.zeros(1, 4, dtype=torch.bool)
+    assert Sampling().choose(torch.tensor([[0.0, 2.0, 2.0, 1.0]]), seen, [None]) == [1]
 
 
-def test_the_nucleus_is_what_transformers_keeps() -> None:
-    from transformers import TopPLogitsWarper
+def test_the_chapters_four_tokens() -> None:
+    logits, seen = torch.tensor([[2.0, 1.0, 0.0, 3.0]]), torch.tensor([[False, False, False, True]])
+    warped = Sampling(temperature=0.5, top_k=3, top_p=0.9, repetition_penalty=2.0).warp(logits, seen)
+    assert warped.tolist() == [[4.0, -float("inf"), -float("inf"), 3.0]]
 
-    logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    kept = TopPLogitsWarper(0.6)(torch.tensor([[0]]), logits[None])[0].isfinite().nonzero().flatten()
-    assert 2 < len(kept) < 25 and set(frequencies(logits, 1.0, 0.6)) == set(kept.tolist())
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 0.8, "temperature": 1.5, "top_k": 20, "top_p": 0.9},
+        {"repetition_penalty": 1.3, "temperature": 0.5, "top_k": 12, "top_p": 0.8},
+    ],
+    ids=str,
+)
+def test_what_is_drawn_from_is_what_transformers_draws_from(
+    tiny_model: Path, tiny: CausalLM, sampling: dict[str, float]
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    theirs = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    off: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    torch.manual_seed(0)
+    out = theirs.generate(
+        torch.tensor([PROMPT]),
+        do_sample=True,
+        max_new_tokens=6,
+        output_scores=True,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **(off | sampling),
+    )
+    options = Sampling(**({"temperature": 1.0} | sampling))  # type: ignore[arg-type]
+    assert len(out.logits) == len(out.scores) > 1
+    for step, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
+        seen = torch.zeros_like(logits, dtype=torch.bool)
+        seen[0, out.sequences[0, : len(PROMPT) + step]] = True
+        torch.testing.assert_close(options.warp(logits, seen), scores, rtol=1e-6, atol=1e-6)
+        assert bool(scores.isinf().any()) == ("top_k" in sampling or "top_p" in sampling)
+
+
+def test_greedy_generation_with_a_penalty_is_that_of_transformers(
+    demo_fp32: CausalLM, demo_theirs: Any, prompts: list[list[int]]
+) -> None:
+    options: dict[str, Any] = dict(max_new_tokens=16, repetition_penalty=1.3)
+    theirs = demo_theirs.generate(torch.tensor(prompts[2:]), do_sample=False, **options)
+    plain = list(generate(demo_fp32, prompts[2], max_new_tokens=16, eos_ids=[2]))
+    ours = list(generate(demo_fp32, prompts[2], eos_ids=[2], **options))
+    assert ours == theirs[0, len(prompts[2]) :].tolist() != plain
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature >= 0 .* got -0.1"),
-        ({"top_p": 0.0}, r"0 < top_p <= 1, got 0.0 and 0.0"),
-        ({"top_p": 1.1}, r"got 0.0 and 1.1"),
+        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+        ({"top_k": -1}, "top_k must be a whole number, at least 0, got -1"),
+        ({"top_k": 1.5}, "top_k must be a whole number, at least 0, got 1.5"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be above 0, got 0"),
         ({"prompt": []}, "the prompt is empty"),
     ],
     ids=str,
@@ -202,6 +263,91 @@ def test_options_out_of_range_are_refused_at_once(
     prompt = options.pop("prompt", PROMPT)
     with pytest.raises(ValueError, match=message):
         generate(tiny, prompt, **options)  # at the call, not at the first token
+
+
+# -- a conversation, which begins as it did ----------------------------------------------------------------
+
+
+def read_lengths(monkeypatch: pytest.MonkeyPatch, model: CausalLM) -> list[int]:
+    """How many tokens each later call of the trunk reads."""
+    lengths: list[int] = []
+    real = model.model.forward
+
+    def forward(input_ids: Tensor, *args: Any, **options: Any) -> Tensor:
+        lengths.append(input_ids.shape[1])
+        return real(input_ids, *args, **options)
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    return lengths
+
+
+def test_turns_that_share_a_cache_are_those_of_fresh_ones(
+    demo_fp32: CausalLM, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Longer, the same again, cut back, something else, and the beginning of that.
+    first = prompts[2]
+    turns = [first, [*first, 28, 2, 198, 1, 4093, 198], first, first[:9], prompts[0], prompts[0][:-4]]
+    options: dict[str, Any] = dict(max_new_tokens=6, temperature=0.8, repetition_penalty=1.2, seed=1)
+    fresh = [list(generate(demo_fp32, turn, **options)) for turn in turns]
+    prefix = PrefixCache()
+    lengths = read_lengths(monkeypatch, demo_fp32)
+    assert [list(generate(demo_fp32, turn, prefix=prefix, **options)) for turn in turns] == fresh
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, prompts[0], strict=False)))
+    read = [length for length in lengths if length > 1]
+    assert read == [len(first), 6, len(prompts[0]) - min(shared, 9)]  # of the others only the last token
+
+
+def test_a_cleared_cache_knows_nothing(tiny: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix, lengths = PrefixCache(), read_lengths(monkeypatch, tiny)
+    list(generate(tiny, PROMPT, max_new_tokens=2, prefix=prefix))
+    assert len(prefix.ids) == prefix.cache.length == len(PROMPT) + 1  # type: ignore[union-attr]
+    prefix.clear()
+    list(generate(tiny, PROMPT, max_new_tokens=2, prefix=prefix))
+    assert lengths == [len(PROMPT), 1] * 2
+
+
+def test_an_interrupted_step_leaves_a_cache_that_can_be_used(
+    tiny: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(generate(tiny, PROMPT, max_new_tokens=8))
+    prefix = PrefixCache()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        tokens = generate(tiny, PROMPT, max_new_tokens=8, prefix=prefix)
+        assert [next(tokens) for _ in range(3)] == expected[:3]
+        patch.setattr(tiny.model.norm, "forward", interrupt)  # at the end of a step
+        next(tokens)
+    longer = [*PROMPT, *expected[:5]]
+    assert list(generate(tiny, longer, max_new_tokens=3, prefix=prefix)) == expected[5:]
+
+
+def interrupt(*_: Any) -> Tensor:
+    raise KeyboardInterrupt
+
+
+def test_where_a_long_text_turns_all_positions_nothing_is_kept(
+    tiny: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [PROMPT, [*PROMPT, 7, 8]]  # the second is beyond 5 tokens
+    layers = [
+        replace(layer, rotary=replace(layer.rotary, original_length=5, long_frequencies=(0.5,) * 8))
+        for layer in tiny.arch.layers
+        if layer.rotary
+    ]
+    monkeypatch.setattr(tiny, "arch", replace(tiny.arch, layers=tuple(layers)))
+    prefix, lengths = PrefixCache(), read_lengths(monkeypatch, tiny)
+    for turn in turns:
+        list(generate(tiny, turn, max_new_tokens=1, prefix=prefix))
+    assert lengths == [4, 6]
+
+
+# -- an end that the caller sees ---------------------------------------------------------------------------
+
+
+def test_each_row_of_a_batch_ends_where_it_is_told(tiny: CausalLM) -> None:
+    prompts = [PROMPT, [1, 70, 71], [5]]
+    free = generate_batch(tiny, prompts, max_new_tokens=10)
+    until = [answer[:place] for answer, place in zip(free, (3, 10, 1), strict=True)]
+    assert generate_batch(tiny, prompts, max_new_tokens=10, ends=lambda answer: answer in until) == until
 
 
 def test_the_last_token_fits_into_the_cache(tiny: CausalLM) -> None:
