@@ -11,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import chat
-from minqlora.data import IGNORE, DataReport, Example, encode, encode_prompt, encode_rows, to_messages
+from minqlora.data import (
+    IGNORE,
+    Chunk,
+    DataReport,
+    Example,
+    Recipe,
+    encode,
+    encode_prompt,
+    encode_rows,
+    read_rows,
+    to_messages,
+)
 from minqlora.tokenizer import Tokenizer
 
 END = "<|im_end|>"
@@ -103,11 +114,8 @@ def test_messages_stay_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (
-            {},
-            r"found the keys \[\], expected messages, or one of: prompt and completion; question and answer",
-        ),
-        ({"text": "x"}, r"found the keys \['text'\], expected messages"),
+        ({}, r"found the keys \[\], expected messages, a list of .*; or prompt and completion, question and"),
+        ({"body": "x"}, r"found the keys \['body'\], expected messages"),
         ({"prompt": "Q"}, r"'completion' is missing; found \['prompt'\]"),
         ({"prompt": "Q", "completion": None}, "'completion' must be text, got null"),
         ({"prompt": "Q", "completion": 4}, "'completion' must be text, got int"),
@@ -294,13 +302,20 @@ def test_without_a_template_too_the_prompt_is_what_chat_gives(plain: Tokenizer) 
 # -- lines -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages name files as they were given."""
+    monkeypatch.chdir(tmp_path)
+
+
 def load(
-    content: str | bytes, tokenizer: Tokenizer, max_seq_length: int = 100, first_line: int = 1
+    content: str | bytes, tokenizer: Tokenizer, max_seq_length: int = 100, first_line: int = 1, **recipe: Any
 ) -> tuple[list[Example], DataReport]:
     """The examples in the lines of a file, and what became of its rows."""
-    lines = (content if isinstance(content, bytes) else content.encode()).split(b"\n")
-    report = DataReport()
-    return list(encode_rows(lines, "rows.jsonl", first_line, tokenizer, max_seq_length, report)), report
+    path = Path("rows.jsonl")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    chunk, report = Chunk(path, "jsonl", 0, None, first_line, 0), DataReport()
+    return list(encode_rows(read_rows(chunk), tokenizer, Recipe(max_seq_length, **recipe), report)), report
 
 
 ROW = '{"prompt": "Q", "completion": "A"}'
@@ -334,7 +349,9 @@ def test_what_is_cut_and_dropped_is_counted(tokenizer: Tokenizer) -> None:
         if not dropped:
             assert examples[0] == Example(whole.input_ids[:length], whole.labels[:length])
     report = load(rows, tokenizer, n - 5)[1]
-    assert "1 of 2 rows used (1 cut to length, 1 dropped)" in str(report)
+    assert "1 of 2 rows used (1 cut to length, 1 dropped: 1 with the answer beyond --max_seq_length)" in str(
+        report
+    )
 
 
 def test_reports_of_the_parts_of_a_file_add_up(tokenizer: Tokenizer) -> None:
@@ -364,7 +381,10 @@ def test_a_row_with_an_empty_answer_is_dropped_and_counted(tokenizer: Tokenizer)
         (b'{"prompt": "Q"}', "'completion' is missing"),
         (b'{"prompt": "Q", "completion": null}', "'completion' must be text, got null"),
         (b'{"prompt": "Q", "completion": 4}', "'completion' must be text, got int"),
-        (b'{"messages": [{"role": "user", "content": "Q"}]}', "no message has the role 'assistant'"),
+        (
+            b'{"messages": []}',
+            r"found the keys \['messages'\], but the format is pair: prompt and completion",
+        ),
     ],
     ids=str,
 )
