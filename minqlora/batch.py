@@ -27,7 +27,7 @@ Cost: 4 bytes a token and 8 an example on disk; in memory a window of examples, 
 Source: best fit, decreasing: "Fewer Truncations Improve Language Modeling". Permutations by a cipher: Black
 and Rogaway, "Ciphers with Arbitrary Finite Domains".
 
-Before: data. Next: loss.
+Before: data. Next: check.
 """
 
 import array
@@ -96,6 +96,15 @@ class Examples(Sequence[Example]):
         held = np.frombuffer(self._tokens.read(4 * (stop - start)), dtype="<u4")
         ids = (held & ~LEARNED).astype(np.int64)
         return Example(ids.tolist(), np.where(held & LEARNED, ids, IGNORE).tolist())
+
+    def piece(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the examples at `first` to `stop` as they are on disk: tokens with the bit of their labels,
+        (n_tokens,) uint32, and where each ends there, (stop - first,) int64."""
+        self._ends.seek(8 * first)
+        ends = np.frombuffer(self._ends.read(8 * (stop - first + 1)), dtype="<i8")
+        self._tokens.seek(4 * int(ends[0]))
+        held = np.frombuffer(self._tokens.read(4 * int(ends[-1] - ends[0])), dtype="<u4")
+        return held, ends[1:] - ends[0]
 
     def length(self, place: int) -> int:
         """Return the number of tokens of the example at a place."""
@@ -355,14 +364,15 @@ def permuted(places: Sequence[int], n: int, key: int) -> list[int]:
     while beyond.any():
         left, right = numbers[beyond] >> np.uint64(bits), numbers[beyond] & mask
         for turn in range(ROUNDS):
-            left, right = right, left ^ (_scrambled(right, ROUNDS * key + turn) & mask)
+            left, right = right, left ^ (scrambled(right, ROUNDS * key + turn) & mask)
         numbers[beyond] = (left << np.uint64(bits)) | right
         beyond = numbers >= n
     return numbers.tolist()
 
 
-def _scrambled(numbers: np.ndarray, key: int) -> np.ndarray:
-    # SplitMix64's mixing of bits.
+def scrambled(numbers: np.ndarray, key: int) -> np.ndarray:
+    """Return other numbers for some of 64 bits, each decided by all bits of one and of the key: SplitMix64's
+    mixing."""
     offset = (key + 1) * 0x9E3779B97F4A7C15 % 2**64
     x = numbers * np.uint64(0xD1B54A32D192ED03) + np.uint64(offset)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

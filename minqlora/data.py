@@ -184,7 +184,7 @@ def reading(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be read ({reason})") from None
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> Any:
     return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")
 
 
@@ -481,8 +481,8 @@ def _exchange(row: dict[str, Any], dataset_format: str) -> list[Message]:
 
 def _other_keys(row: dict[str, Any], dataset_format: str) -> str:
     return (
-        f"found the keys {sorted(row)}, but the format is {dataset_format}: {FORMATS[dataset_format]}; rows of "
-        "another format stand in a file of their own"
+        f"found the keys {sorted(row)}, but the format is {dataset_format}: {FORMATS[dataset_format]}; rows "
+        "of another format stand in a file of their own"
     )
 
 
