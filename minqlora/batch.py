@@ -253,8 +253,10 @@ def _tokenize_files(
         return 0, str(error)
     missing = [job for job in jobs if not job[-1].with_suffix(".json").is_file()]
     total = sum(part.size for part in parts)
-    done = total - sum(part.size for part, *_ in missing)
-    workers = min(workers or os.cpu_count() or 1, len(missing))
+    left = sum(part.size for part, *_ in missing)
+    done = total - left
+    # A process takes seconds to begin: as long as some megabytes.
+    workers = min(workers or min(os.cpu_count() or 1, 1 + left // CHUNK), len(missing))
     with contextlib.ExitStack() as stack:
         results: Iterable[str | None]
         if workers > 1:
@@ -394,10 +396,14 @@ def split(examples: Examples, val_size: float, seed: int) -> tuple[Part, Part]:
     """Return (train, held out): val_size is a share of the examples if below 1, else how many to hold out,
     drawn by seed.
 
-    Raises ValueError if nothing would be left to train on.
+    Raises ValueError if nothing would be left to train on, or nothing held out that was asked for.
     """
     count = round(val_size * len(examples)) if val_size < 1 else int(val_size)
     rest = len(examples) - count
+    if val_size and not count:
+        raise ValueError(
+            f"val_size {val_size:g} of {len(examples)} examples is less than one; give the number of examples"
+        )
     if rest <= 0:
         raise ValueError(
             f"val_size {val_size:g} holds out {count} of {len(examples)} examples: none is left to train on"

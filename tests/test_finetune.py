@@ -135,6 +135,7 @@ def test_the_loss_falls_on_rows_of_every_format(
         "adapter_model.safetensors",
         "completed",
         "config.yaml",
+        "data_check.json",
         "environment.json",
         "metrics.jsonl",
     ]
@@ -742,7 +743,7 @@ MISTAKES: dict[str, Case] = {
     "unknown keys": (
         add_line('{"text": "Q"}'),
         [],
-        ["rows.jsonl: line 13", "['text']", "expected messages, or"],
+        ["rows.jsonl: line 13", "['text']", "but the format is pair: prompt and completion"],
     ),
     "held-out answer missing": (
         lambda m: Path("heldout.jsonl").write_text('{"prompt": "Q"}'),
