@@ -62,7 +62,8 @@ KINDS = {
 # What comes along with data and is none.
 NO_DATA = re.compile(r"\.|(readme|licen[cs]e)\b", re.IGNORECASE)
 PASSAGE = 2**20  # characters of a text file that are held at a time
-LINE_END = re.compile(r"\n(?=\S)")
+# Between two such lines a text can be cut: no token that a tokenizer of today makes would reach across.
+LINE_BREAK = re.compile(r"\n(?= ?\S)")
 
 # What the rows of a format hold, in the words of a message.
 FORMATS = {
@@ -683,8 +684,7 @@ def encode_text(text: str, tokenizer: Tokenizer, *, begins: bool = True, ends: b
     """Tokenize a text that is learned as it is: after the tokens that the tokenizer puts before a text, and
     with an end token behind, unless it is a passage that goes on from another or is gone on with.
 
-    It is tokenized piece by piece, so that a book takes no more memory than a page; pieces begin where a line
-    begins with a character, where no token of a tokenizer for models of language runs on.
+    It is tokenized piece by piece, so that a book takes no more memory than a few pages.
     """
     ids: list[int] = []
     for number, piece in enumerate(_pieces(text)):
@@ -700,7 +700,7 @@ def encode_text(text: str, tokenizer: Tokenizer, *, begins: bool = True, ends: b
 def _pieces(text: str, size: int = 2**14) -> Iterator[str]:
     start = 0
     while start < len(text):
-        found = LINE_END.search(text, start + size)
+        found = LINE_BREAK.search(text, start + size)
         stop = found.end() if found else len(text)
         yield text[start:stop]
         start = stop

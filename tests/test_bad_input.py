@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from test_finetune import shown
 
 import finetune
-from test_finetune import shown
 
 PAIR = {"prompt": "Q", "completion": "A"}
 ROWS = [PAIR | {"prompt": f"Q {i}"} for i in range(5)]
@@ -160,7 +160,7 @@ FILES: dict[str, Case] = {
     "a spreadsheet": (
         {"a.xlsx": b"PK"},
         "",
-        f"a.xlsx: the suffix .xlsx is of no known kind of data; known are {KINDS}, and all but .parquet also ...",
+        f"a.xlsx: the suffix .xlsx is of no known kind of data; known are {KINDS}, and all but .parquet ...",
     ),
     "no suffix": (
         {"data": GOOD},
@@ -256,7 +256,7 @@ JSON_ERRORS: dict[str, Case] = {
     "an object of two lists": (
         {"a.json": b'{"train": [], "test": []}'},
         "",
-        "a.json: expected a list of objects, or an object that holds one list, got the keys ['test', 'train']",
+        "a.json: expected a list of objects, or an object that holds one list, got the keys ['test', ...",
     ),
     "a JSON file of one text": (
         {"a.json": b'"Q"'},
@@ -273,12 +273,12 @@ TABLES: dict[str, Case] = {
     "a row too short": (
         {"a.csv": b"prompt,completion\nQ,A\nQ\n"},
         "",
-        "a.csv: row 3: 1 fields under 2 columns (prompt, completion); a text with ',' in it stands in double quotes",
+        "a.csv: row 3: 1 fields under 2 columns (prompt, completion); a text with ',' in it stands in ...",
     ),
     "a row too long": (
         {"a.csv": b'prompt,completion\n"a\nb",A\nQ,one, two\n'},
         "",
-        "a.csv: row 3: 3 fields under 2 columns (prompt, completion); a text with ',' in it stands in double quotes",
+        "a.csv: row 3: 3 fields under 2 columns (prompt, completion); a text with ',' in it stands in ...",
     ),
     "a quote that is never closed": (
         {"a.csv": b'prompt,completion\nQ,A\n"Q,A\nQ,A\n'},
@@ -716,7 +716,7 @@ def base_model(tiny_model: Path, tmp_path: Path) -> Path:
 def test_a_model_without_a_template_takes_no_conversations(
     refused: Refused, base_model: Path, row: dict[str, Any]
 ) -> None:
-    line = "a.jsonl: line 1: the tokenizer has no chat template: only a prompt and its completion can be written; ..."
+    line = "a.jsonl: line 1: the tokenizer has no chat template: only a prompt and its completion can be ..."
     refused({"a.jsonl": lines(row)}, "", line, base_model)
 
 
