@@ -76,9 +76,9 @@ class DataCheck:
 
     def warnings(self) -> list[str]:
         """Return a line on each thing that is probably not meant."""
-        found = []
+        found, of_all = [], f"of {len(self.lengths):,} examples"
         if self.duplicates:
-            found.append(f"{_examples(self.duplicates)} repeat another one, token for token")
+            found.append(f"repeated, token for token: {self.duplicates:,} {of_all}")
         if 2 * self.ended < self.report.used:
             found.append(
                 f"the end token is learned in {self.ended:,} of {self.report.used:,} rows only, so the model "
@@ -86,8 +86,8 @@ class DataCheck:
             )
         if self.double_bos:
             found.append(
-                f"{_examples(self.double_bos)} begin with two beginning-of-text tokens: the text brings one, "
-                "and the template or the tokenizer another"
+                f"two beginning-of-text tokens: {self.double_bos:,} {of_all}; the text brings one, and the "
+                "template or the tokenizer another"
             )
         return found
 
@@ -140,10 +140,6 @@ def _hashes(part: Part, checked: DataCheck) -> np.ndarray:
     windows = (range(i, min(i + WINDOW, len(part))) for i in range(0, len(part), WINDOW))
     pieces = [checked.hashes[part.rows(places)] for places in windows]
     return np.concatenate([*pieces, np.empty(0, dtype=np.uint64)])
-
-
-def _examples(count: int) -> str:
-    return f"{count:,} example{'s' if count > 1 else ''}"
 
 
 def require_kept(report: DataReport, name: str) -> None:

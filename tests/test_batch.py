@@ -1,6 +1,8 @@
 """Examples are tokenized once and come back as they were, in an order nobody stores, packed into rows."""
 
+import csv
 import errno
+import gzip
 import json
 import math
 import multiprocessing
@@ -13,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from minqlora import batch
 from minqlora.batch import (
@@ -92,6 +96,13 @@ def test_every_example_is_what_its_row_gives_by_itself(tmp_path: Path, tokenizer
     for place in (-1, 33):
         with pytest.raises(IndexError):
             examples[place]
+
+
+def test_a_piece_is_some_examples_as_they_are_on_disk(tmp_path: Path) -> None:
+    examples = stored(tmp_path / "stored", [Example([i] * i, [IGNORE] * (i - 1) + [i]) for i in range(1, 9)])
+    held, ends = examples.piece(2, 5)
+    assert ends.tolist() == [3, 7, 12] and (held & ~LEARNED).tolist() == [3] * 3 + [4] * 4 + [5] * 5
+    assert [place + 1 for place, token in enumerate(held) if token >= LEARNED] == [3, 7, 12]
 
 
 def test_the_largest_token_and_a_label_fit_into_four_bytes(tmp_path: Path) -> None:
@@ -236,6 +247,112 @@ def test_what_is_kept_is_found_by_content_and_not_by_name(tmp_path: Path, tiny_m
     content["model"]["merges"].pop()
     (model / "tokenizer.json").write_text(json.dumps(content))
     assert kept(tmp_path / "b.jsonl") == 5
+
+
+def test_how_rows_become_examples_decides_what_is_found_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, cache = write(tmp_path / "a.jsonl", rows(5)), tmp_path / "cache"
+
+    def kept(path: Path = path, **recipe: Any) -> int:
+        tokenize([path], tokenizer, LENGTH, cache, workers=1, **recipe)
+        return len(list(cache.glob("tokens-*")))
+
+    assert kept() == kept() == 1
+    assert kept(dataset_format="pair") == 2
+    assert kept(train_on_source=True) == 3
+    assert kept(convert=shout) == kept(convert=shout) == 4
+    assert kept(convert=whisper) == 5
+    (tmp_path / "b.txt").write_bytes(path.read_bytes())
+    assert kept(tmp_path / "b.txt") == 6  # the same content as text
+
+
+def shout(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"completion": row["completion"].upper()}
+
+
+def whisper(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"completion": row["completion"].lower()}
+
+
+CONVERTED = """
+import sys
+from pathlib import Path
+from minqlora import batch
+from minqlora.tokenizer import Tokenizer
+
+def convert(row):
+    return {"prompt": row["title"], "completion": row["body"].upper()}
+
+if __name__ == "__main__":
+    batch.CHUNK = 400
+    tokenizer = Tokenizer(sys.argv[1])
+    examples, report = batch.tokenize(
+        [Path(sys.argv[2])], tokenizer, 100, Path("cache"), convert=convert, workers=2
+    )
+    assert report.used == 60
+    print(tokenizer.decode(examples[59].input_ids))
+"""
+
+
+def test_a_conversion_that_stands_in_the_script_reaches_the_workers(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "script.py").write_text(CONVERTED)
+    write(tmp_path / "a.jsonl", [{"title": f"T {i}", "body": f"the body {i}"} for i in range(60)])
+    done = subprocess.run(
+        [sys.executable, "script.py", tiny_model, "a.jsonl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(batch.__file__).parents[1])},
+    )
+    assert done.stdout == "user\nT 59\nassistant\nTHE BODY 59\n", done.stderr
+
+
+def test_files_of_every_kind_together_are_their_rows_one_after_the_other(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "CHUNK", 200)
+    given, folder = rows(30), tmp_path / "data"
+    folder.mkdir()
+    write(folder / "a.jsonl", given[:10])
+    (folder / "b.json").write_text(json.dumps(given[10:15]))
+    with open(folder / "c.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(given[15:20])
+    parquet.write_table(pa.Table.from_pylist(given[20:25]), folder / "d.parquet", row_group_size=2)
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(write(tmp_path / "e.jsonl", given[25:]).read_bytes()))
+    messages = [{"messages": to_messages(row)} for row in given]
+    write(folder / "f.jsonl", messages)  # each file has a format of its own
+    examples, report = tokenize([folder], tokenizer, LENGTH, tmp_path / "cache", workers=1)
+    assert list(examples) == 2 * [encode(to_messages(row), tokenizer) for row in given]
+    assert report.rows == report.used == 60
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl.gz"])
+def test_a_broken_row_is_named_in_other_kinds_of_files_too(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(batch, "CHUNK", 100)
+    path = tmp_path / f"bad{suffix}"
+    if suffix == ".csv":
+        path.write_text("prompt,completion\n" + "Q,A\n" * 90 + "Q\n" + "Q,A\n" * 90)
+        where = "row 92: 1 fields under 2 columns"
+    else:
+        path.write_bytes(gzip.compress(b'{"prompt": "Q", "completion": "A"}\n' * 90 + b'{"prompt": "Q"}'))
+        where = "line 91: 'completion' is missing"
+    with pytest.raises(ValueError, match=f"^{path}: {where}"):
+        tokenize([path], tokenizer, LENGTH, tmp_path / "cache", workers=1)
+
+
+def test_the_first_row_of_a_file_is_what_every_chunk_of_it_must_be(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "CHUNK", 200)
+    path = write(tmp_path / "a.jsonl", rows(20) + [{"text": "x"}] * 20)
+    with pytest.raises(
+        ValueError, match=r"a.jsonl: line 21: found the keys \['text'\], but the format is pair"
+    ):
+        tokenize([path], tokenizer, LENGTH, tmp_path / "cache", workers=1)
 
 
 def test_two_files_are_not_their_content_as_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -460,6 +577,12 @@ def test_another_seed_holds_out_others(fifty: Examples) -> None:
 @pytest.mark.parametrize("val_size", [0.999, 50, 51])
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(fifty: Examples, val_size: float) -> None:
     with pytest.raises(ValueError, match=r"holds out \d+ of 50 examples: none is left to train on"):
+        split(fifty, val_size, seed=0)
+
+
+@pytest.mark.parametrize("val_size", [0.001, 0.009])
+def test_less_than_one_example_cannot_be_held_out(fifty: Examples, val_size: float) -> None:
+    with pytest.raises(ValueError, match=f"val_size {val_size} of 50 examples is less than one"):
         split(fifty, val_size, seed=0)
 
 
