@@ -21,6 +21,7 @@ This file is meant to be edited. It reads from top to bottom: what can be set, t
 
 import contextlib
 import errno
+import io
 import itertools
 import json
 import math
@@ -990,6 +991,8 @@ def print_sanity(run: Run, norms: dict[str, float]) -> None:
 def main() -> None:
     """Read the configuration, prepare, train."""
     config = parse(Config, description=__doc__.split("\n\n")[0] if __doc__ else None)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has the characters of every dataset
     try:
         with user_errors():
             if config.inspect is not None:

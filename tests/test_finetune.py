@@ -1,5 +1,6 @@
 """finetune.py trains what it says, the same every time, without a network; a mistake is one clear line."""
 
+import io
 import json
 import math
 import os
@@ -166,12 +167,22 @@ def test_inspecting_shows_examples_and_leaves_nothing(
     monkeypatch.setattr(finetune, "load_model", None)
     run(inspect=2)
     out = capsys.readouterr().out
-    assert out.count("\nexample ") == 2 == out.count("[[") and "|<|im_end|>|]]" in out and "\x1b" not in out
+    assert out.count("\nexample ") == 2 == out.count("\n[[") and "|<|im_end|>|]]" in out and "\x1b" not in out
     assert "12 of 12 rows used" in out and not (tmp_path / "run").exists()
     # Even where a run would be refused: that is when one wants to look.
     write_rows(tmp_path / "rows.jsonl", [*ROWS["alpaca"], *[ROWS["alpaca"][0] | {"output": ""}] * 12])
     run(inspect=99)
     assert capsys.readouterr().out.count("\nexample ") == 12
+
+
+def test_a_terminal_of_few_characters_is_no_reason_to_stop(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    run(inspect=1)
+    sys.stdout.flush()
+    assert b"12 of 12 rows used" in written.getvalue() and b"\n[[" in written.getvalue()
 
 
 @pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
