@@ -188,12 +188,13 @@ def tokenize(
             cache.mkdir(parents=True, exist_ok=True)
             with _alone(cache / f".{folder.name}.lock"):
                 if not folder.is_dir():  # another process may have made it while this one waited
+                    jobs = _plan(files, recipe, partial)
                     partial.mkdir(exist_ok=True)
-                    count, problem = _tokenize_files(files, tokenizer, recipe, partial, workers, progress)
+                    problem = _tokenize_chunks(jobs, tokenizer, partial, workers, progress)
                     if problem is not None:
                         shutil.rmtree(partial)  # nobody will go on with it: the data must change first
                         raise ValueError(problem)
-                    os.replace(_join(partial, count), folder)
+                    os.replace(_join(partial, len(jobs)), folder)
                     fsync_folder(cache)
                     shutil.rmtree(partial)
     except OSError as error:
@@ -228,32 +229,29 @@ def _digest(files: Sequence[Path]) -> Any:
 _Job = tuple[Chunk, Recipe, Path]  # a chunk, how, and the beginning of the names of what comes of it
 
 
-def _tokenize_files(
-    files: Sequence[Path],
+def _plan(files: Sequence[Path], recipe: Recipe, folder: Path) -> list[_Job]:
+    # A file's first row says what all of its rows are.
+    jobs: list[_Job] = []
+    for path in files:
+        of_file = list(chunks(path, CHUNK))
+        of_recipe = recipe
+        if of_file and recipe.dataset_format == "auto":
+            of_recipe = replace(recipe, dataset_format=format_of(of_file[0], recipe))
+        jobs += [(chunk, of_recipe, folder / str(i)) for i, chunk in enumerate(of_file, start=len(jobs))]
+    return jobs
+
+
+def _tokenize_chunks(
+    jobs: list[_Job],
     tokenizer: Tokenizer,
-    recipe: Recipe,
     folder: Path,
     workers: int | None,
     progress: Callable[[int, int], None] | None,
-) -> tuple[int, str | None]:
-    # Tokenizes the chunks that are missing; returns how many there are, and what is wrong with the first that
-    # is.
-    parts: list[Chunk] = []
-    jobs: list[_Job] = []
-    try:
-        for path in files:
-            of_file = list(chunks(path, CHUNK))
-            if of_file and recipe.dataset_format == "auto":
-                recipe_of_file = replace(recipe, dataset_format=format_of(of_file[0], recipe))
-            else:
-                recipe_of_file = recipe
-            jobs += [(part, recipe_of_file, folder / str(len(parts) + i)) for i, part in enumerate(of_file)]
-            parts += of_file
-    except ValueError as error:
-        return 0, str(error)
+) -> str | None:
+    # Tokenizes the chunks that are missing; returns what is wrong with the first that is.
     missing = [job for job in jobs if not job[-1].with_suffix(".json").is_file()]
-    total = sum(part.size for part in parts)
-    left = sum(part.size for part, *_ in missing)
+    total = sum(chunk.size for chunk, *_ in jobs)
+    left = sum(chunk.size for chunk, *_ in missing)
     done = total - left
     # A process takes seconds to begin: as long as some megabytes.
     workers = min(workers or min(os.cpu_count() or 1, 1 + left // CHUNK), len(missing))
@@ -269,10 +267,10 @@ def _tokenize_files(
         else:
             results = (_tokenize_chunk(tokenizer, *job) for job in missing)
         try:
-            for (part, *_), problem in zip(missing, results, strict=True):
+            for (chunk, *_), problem in zip(missing, results, strict=True):
                 if problem is not None:
-                    return len(parts), problem
-                done += part.size
+                    return problem
+                done += chunk.size
                 if progress is not None:
                     progress(done, total)
         except BrokenProcessPool:
@@ -280,7 +278,7 @@ def _tokenize_files(
                 f"{folder}: a process that tokenized was killed, for want of memory perhaps; what is done is "
                 "kept, so start again"
             ) from None
-    return len(parts), None
+    return None
 
 
 _worker: dict[str, Tokenizer] = {}

@@ -154,7 +154,7 @@ def kind_of(path: Path) -> str | None:
     return None if kind == "parquet" and name.endswith(".gz") else kind
 
 
-def chunks(path: Path, size: int) -> Iterator[Chunk]:
+def chunks(path: Path, size: int = 2**23) -> Iterator[Chunk]:
     """Yield the chunks of a file, of whole rows and about `size` bytes each. What has to be read as one
     stream, a compressed file or a JSON list, is one chunk.
 
@@ -273,7 +273,7 @@ def read_rows(chunk: Chunk) -> Iterator[Row]:
 def rows_of(paths: Iterable[Path]) -> Iterator[Row]:
     """Yield the rows of files and folders, one after the other."""
     for path in find_files(paths):
-        for chunk in chunks(path, 2**23):
+        for chunk in chunks(path):
             yield from read_rows(chunk)
 
 
@@ -296,14 +296,14 @@ def _lines(file: IO[bytes], path: Path, first: int, stop: int | None = None) -> 
 
 
 @contextlib.contextmanager
-def _opened(chunk: Chunk) -> Iterator[tuple[IO[bytes], Iterator[str]]]:
+def _lines_of(chunk: Chunk) -> Iterator[Iterator[str]]:
     with _open(chunk.path) as file:
         file.seek(chunk.start)
-        yield file, _lines(file, chunk.path, chunk.first, chunk.stop)
+        yield _lines(file, chunk.path, chunk.first, chunk.stop)
 
 
 def _read_jsonl(chunk: Chunk) -> Iterator[Row]:
-    with _opened(chunk) as (_, lines):
+    with _lines_of(chunk) as lines:
         for number, line in enumerate(lines, start=chunk.first):
             if line.strip():
                 where = f"{chunk.path}: line {number}"
@@ -316,7 +316,7 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Row]:
 
 def _read_json(chunk: Chunk) -> Iterator[Row]:
     path = chunk.path
-    with _opened(chunk) as (_, lines):
+    with _lines_of(chunk) as lines:
         content = _parse_json("".join(lines), str(path))
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
@@ -413,7 +413,7 @@ def _read_text(chunk: Chunk) -> Iterator[Row]:
     begins, is_last = chunk.start == 0, chunk.stop in (None, chunk.path.stat().st_size)
     held: list[str] = []
     first, length = chunk.first, 0
-    with _opened(chunk) as (_, lines):
+    with _lines_of(chunk) as lines:
         for number, line in enumerate(lines, start=chunk.first):
             if length >= PASSAGE:
                 yield Row(f"{chunk.path}: line {first}", {"text": "".join(held)}, begins, ends=False)
