@@ -18,6 +18,7 @@ and a chapter imports only those above it, so the package reads from top to bott
      7 optim       PagedAdamW          14 tokenizer     text to tokens
                                        15 data          rows to labels
                                        16 batch         shuffled, packed
+                                       17 check         what is in the data
                                        18 loss          cross entropy
                                        19 generate      one token at a time
 

@@ -27,9 +27,10 @@ Cost: 4 bytes a token and 8 an example on disk; in memory a window of examples, 
 Source: best fit, decreasing: "Fewer Truncations Improve Language Modeling". Permutations by a cipher: Black
 and Rogaway, "Ciphers with Arbitrary Finite Domains".
 
-Before: data. Next: loss.
+Before: data. Next: check.
 """
 
+import array
 import bisect
 import contextlib
 import hashlib
@@ -41,7 +42,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,14 +50,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minqlora.data import IGNORE, DataReport, Example, encode_rows
+from minqlora.data import (
+    IGNORE,
+    Chunk,
+    DataReport,
+    Example,
+    Recipe,
+    chunks,
+    encode_rows,
+    find_files,
+    format_of,
+    kind_of,
+    read_rows,
+    reading,
+)
 from minqlora.files import fsync_folder, write_atomically
 from minqlora.tokenizer import Tokenizer
 
 LEARNED = np.uint32(2**31)  # added to a token that has a label
 WINDOW = 4096  # examples that are packed together: enough to fill rows, few enough to keep the order random
 CHUNK = 2**23  # bytes of a file that are tokenized at a time; what an interruption loses is one of these
-VERSION = 1  # of what is on disk
+VERSION = 2  # of what is on disk
 ROUNDS = 8  # of the cipher: with the usual 4, some orders of half a dozen examples come oftener than others
 
 
@@ -82,6 +96,15 @@ class Examples(Sequence[Example]):
         held = np.frombuffer(self._tokens.read(4 * (stop - start)), dtype="<u4")
         ids = (held & ~LEARNED).astype(np.int64)
         return Example(ids.tolist(), np.where(held & LEARNED, ids, IGNORE).tolist())
+
+    def piece(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the examples at `first` to `stop` as they are on disk: tokens with the bit of their labels,
+        (n_tokens,) uint32, and where each ends there, (stop - first,) int64."""
+        self._ends.seek(8 * first)
+        ends = np.frombuffer(self._ends.read(8 * (stop - first + 1)), dtype="<i8")
+        self._tokens.seek(4 * int(ends[0]))
+        held = np.frombuffer(self._tokens.read(4 * int(ends[-1] - ends[0])), dtype="<u4")
+        return held, ends[1:] - ends[0]
 
     def length(self, place: int) -> int:
         """Return the number of tokens of the example at a place."""
@@ -137,23 +160,27 @@ def tokenize(
     max_seq_length: int,
     cache: Path,
     *,
+    dataset_format: str = "auto",
+    train_on_source: bool = False,
+    convert: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Examples, DataReport]:
-    """Return the examples of JSONL files, tokenized, and what became of their rows.
+    """Return the examples of files and folders, tokenized, and what became of their rows.
 
-    max_seq_length: as in `encode_rows`. cache: a folder; what the same files, tokenizer and length have left
-    there is used, else it is made there: by `workers` processes (None: one a core), in chunks that an
-    interrupted call leaves for the next one. progress: called with the bytes done and in all.
+    max_seq_length, dataset_format, train_on_source, convert: as in `Recipe`; convert is a function of a
+    module, and stands by itself, because it is known by its source. cache: a folder; what the same files,
+    tokenizer and recipe have left there is used, else it is made there: by `workers` processes (None: one a
+    core), in chunks that an interrupted call leaves for the next one. progress: called with the bytes done
+    and in all.
 
-    Raises ValueError as `encode_rows`, if no row is left, and if the cache cannot be written.
+    Raises ValueError as `find_files` and `encode_rows`, if no row is left, and if the cache cannot be
+    written.
     """
-    paths = [Path(path) for path in paths]
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file")
-    chunks, digest = _chunks(paths)
-    digest.update(json.dumps([VERSION, CHUNK, max_seq_length, _fingerprint(tokenizer)]).encode())
+    recipe = Recipe(max_seq_length, dataset_format, train_on_source, convert)
+    files = find_files(map(Path, paths))
+    digest = _digest(files)
+    digest.update(json.dumps([VERSION, CHUNK, recipe.key(), _fingerprint(tokenizer)]).encode())
     folder = cache / f"tokens-{digest.hexdigest()[:32]}"
     partial = cache / f".{folder.name}.partial"
     try:
@@ -161,12 +188,13 @@ def tokenize(
             cache.mkdir(parents=True, exist_ok=True)
             with _alone(cache / f".{folder.name}.lock"):
                 if not folder.is_dir():  # another process may have made it while this one waited
+                    jobs = _plan(files, recipe, partial)
                     partial.mkdir(exist_ok=True)
-                    problem = _tokenize_chunks(chunks, tokenizer, max_seq_length, partial, workers, progress)
+                    problem = _tokenize_chunks(jobs, tokenizer, partial, workers, progress)
                     if problem is not None:
                         shutil.rmtree(partial)  # nobody will go on with it: the data must change first
                         raise ValueError(problem)
-                    os.replace(_join(partial, len(chunks)), folder)
+                    os.replace(_join(partial, len(jobs)), folder)
                     fsync_folder(cache)
                     shutil.rmtree(partial)
     except OSError as error:
@@ -175,8 +203,11 @@ def tokenize(
         ) from None
     report = DataReport(**json.loads((folder / "report.json").read_text()))
     if not report.used:
-        files = ", ".join(str(path) for path in paths)
-        raise ValueError(f"{files}: no row left to learn from ({report.rows} read, {report.dropped} dropped)")
+        names = ", ".join(str(path) for path in paths)
+        why = f": {report.reasons}" if report.dropped else ""
+        raise ValueError(
+            f"{names}: no row left to learn from ({report.rows} read, {report.dropped} dropped{why})"
+        )
     return Examples(folder), report
 
 
@@ -185,42 +216,45 @@ def _fingerprint(tokenizer: Tokenizer) -> list[str]:
     return [f"{name} {hashlib.sha256(content).hexdigest()}" for name, content in files]
 
 
-class _Chunk(NamedTuple):
-    path: Path
-    start: int  # bytes
-    stop: int
-    first_line: int
+def _digest(files: Sequence[Path]) -> Any:
+    # Of all that is in the files, and of their kinds.
+    digest = hashlib.sha256()
+    for path in files:
+        with reading(path), open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{kind_of(path)} {path.suffix.lower() == '.gz'} {content}\n".encode())
+    return digest
 
 
-def _chunks(paths: Sequence[Path]) -> tuple[list[_Chunk], Any]:
-    # Whole lines of about CHUNK bytes each, and a digest of all that was read.
-    chunks, digest = [], hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.stat().st_size} ".encode())
-        start, line = 0, 1
-        with open(path, "rb") as file:
-            while block := file.read(CHUNK):
-                block += file.readline()
-                digest.update(block)
-                chunks.append(_Chunk(path, start, start + len(block), line))
-                start, line = start + len(block), line + block.count(b"\n")
-    return chunks, digest
+_Job = tuple[Chunk, Recipe, Path]  # a chunk, how, and the beginning of the names of what comes of it
+
+
+def _plan(files: Sequence[Path], recipe: Recipe, folder: Path) -> list[_Job]:
+    # A file's first row says what all of its rows are.
+    jobs: list[_Job] = []
+    for path in files:
+        of_file = list(chunks(path, CHUNK))
+        of_recipe = recipe
+        if of_file and recipe.dataset_format == "auto":
+            of_recipe = replace(recipe, dataset_format=format_of(of_file[0], recipe))
+        jobs += [(chunk, of_recipe, folder / str(i)) for i, chunk in enumerate(of_file, start=len(jobs))]
+    return jobs
 
 
 def _tokenize_chunks(
-    chunks: list[_Chunk],
+    jobs: list[_Job],
     tokenizer: Tokenizer,
-    max_seq_length: int,
     folder: Path,
     workers: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> str | None:
     # Tokenizes the chunks that are missing; returns what is wrong with the first that is.
-    missing = [i for i in range(len(chunks)) if not (folder / f"{i}.json").is_file()]
-    total = sum(chunk.stop - chunk.start for chunk in chunks)
-    done = total - sum(chunks[i].stop - chunks[i].start for i in missing)
-    jobs = [(chunks[i], max_seq_length, folder / str(i)) for i in missing]
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    missing = [job for job in jobs if not job[-1].with_suffix(".json").is_file()]
+    total = sum(chunk.size for chunk, *_ in jobs)
+    left = sum(chunk.size for chunk, *_ in missing)
+    done = total - left
+    # A process takes seconds to begin: as long as some megabytes.
+    workers = min(workers or min(os.cpu_count() or 1, 1 + left // CHUNK), len(missing))
     with contextlib.ExitStack() as stack:
         results: Iterable[str | None]
         if workers > 1:
@@ -229,14 +263,14 @@ def _tokenize_chunks(
             tokenizer.save(folder / "tokenizer")  # with tokens added since it was read
             pool = ProcessPoolExecutor(workers, context, _start_worker, (folder / "tokenizer",))
             stack.callback(pool.shutdown, cancel_futures=True)
-            results = pool.map(_tokenize_in_worker, jobs)
+            results = pool.map(_tokenize_in_worker, missing)
         else:
-            results = (_tokenize_chunk(tokenizer, *job) for job in jobs)
+            results = (_tokenize_chunk(tokenizer, *job) for job in missing)
         try:
-            for i, problem in zip(missing, results, strict=True):
+            for (chunk, *_), problem in zip(missing, results, strict=True):
                 if problem is not None:
                     return problem
-                done += chunks[i].stop - chunks[i].start
+                done += chunk.size
                 if progress is not None:
                     progress(done, total)
         except BrokenProcessPool:
@@ -255,29 +289,25 @@ def _start_worker(folder: Path) -> None:
     _worker["tokenizer"] = Tokenizer(folder)
 
 
-def _tokenize_in_worker(job: tuple[_Chunk, int, Path]) -> str | None:
+def _tokenize_in_worker(job: _Job) -> str | None:
     return _tokenize_chunk(_worker["tokenizer"], *job)
 
 
-def _tokenize_chunk(tokenizer: Tokenizer, chunk: _Chunk, max_seq_length: int, target: Path) -> str | None:
+def _tokenize_chunk(tokenizer: Tokenizer, chunk: Chunk, recipe: Recipe, target: Path) -> str | None:
     # Writes TARGET.tokens, TARGET.lengths and, as the sign that both are whole, TARGET.json; returns what is
     # wrong with the data, for an exception loses its one line on the way through a pool.
-    report, tokens, lengths = DataReport(), [], []
-    with open(chunk.path, "rb") as file:
-        file.seek(chunk.start)
-        lines = file.read(chunk.stop - chunk.start).split(b"\n")
-    try:
-        for example in encode_rows(
-            lines, str(chunk.path), chunk.first_line, tokenizer, max_seq_length, report
-        ):
-            ids = np.array(example.input_ids, dtype=np.uint32)
-            learned = np.array(example.labels) != IGNORE
-            tokens.append(ids | (learned * LEARNED))
-            lengths.append(len(ids))
-    except ValueError as error:
-        return str(error)
-    packed = np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.uint32)
-    write_atomically(target.with_suffix(".tokens"), packed.astype("<u4").tobytes())
+    report, lengths = DataReport(), array.array("q")
+    with open(target.with_suffix(".tokens"), "wb") as file:
+        try:
+            for example in encode_rows(read_rows(chunk), tokenizer, recipe, report):
+                ids = np.array(example.input_ids, dtype=np.uint32)
+                learned = np.array(example.labels) != IGNORE
+                file.write((ids | (learned * LEARNED)).astype("<u4").tobytes())
+                lengths.append(len(ids))
+        except ValueError as error:
+            return str(error)
+        file.flush()
+        os.fsync(file.fileno())
     write_atomically(target.with_suffix(".lengths"), np.array(lengths, dtype="<i8").tobytes())
     write_atomically(target.with_suffix(".json"), json.dumps(asdict(report)).encode())
     return None
@@ -334,14 +364,15 @@ def permuted(places: Sequence[int], n: int, key: int) -> list[int]:
     while beyond.any():
         left, right = numbers[beyond] >> np.uint64(bits), numbers[beyond] & mask
         for turn in range(ROUNDS):
-            left, right = right, left ^ (_scrambled(right, ROUNDS * key + turn) & mask)
+            left, right = right, left ^ (scrambled(right, ROUNDS * key + turn) & mask)
         numbers[beyond] = (left << np.uint64(bits)) | right
         beyond = numbers >= n
     return numbers.tolist()
 
 
-def _scrambled(numbers: np.ndarray, key: int) -> np.ndarray:
-    # SplitMix64's mixing of bits.
+def scrambled(numbers: np.ndarray, key: int) -> np.ndarray:
+    """Return other numbers for some of 64 bits, each decided by all bits of one and of the key: SplitMix64's
+    mixing."""
     offset = (key + 1) * 0x9E3779B97F4A7C15 % 2**64
     x = numbers * np.uint64(0xD1B54A32D192ED03) + np.uint64(offset)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -363,10 +394,14 @@ def split(examples: Examples, val_size: float, seed: int) -> tuple[Part, Part]:
     """Return (train, held out): val_size is a share of the examples if below 1, else how many to hold out,
     drawn by seed.
 
-    Raises ValueError if nothing would be left to train on.
+    Raises ValueError if nothing would be left to train on, or nothing held out that was asked for.
     """
     count = round(val_size * len(examples)) if val_size < 1 else int(val_size)
     rest = len(examples) - count
+    if val_size and not count:
+        raise ValueError(
+            f"val_size {val_size:g} of {len(examples)} examples is less than one; give the number of examples"
+        )
     if rest <= 0:
         raise ValueError(
             f"val_size {val_size:g} holds out {count} of {len(examples)} examples: none is left to train on"

@@ -18,7 +18,7 @@ Shapes and dtypes: hidden (B, T, D) in the compute dtype; targets (B, T) int64; 
 in its own dtype. Logits and their softmax are float32. Cost: 4 vocab D FLOPs a supervised position, twice
 that with gradient; a chunk of memory.
 
-Before: batch. Next: generate.
+Before: check. Next: generate.
 """
 
 from typing import Any

@@ -4,12 +4,16 @@
     python scripts/finetune.py --config scripts/configs/demo.yaml --max_steps 20
     python scripts/finetune.py --help
 
-MODEL_FOLDER is an ordinary Hugging Face folder (config.json, safetensors, tokenizer.json). A dataset is JSON
-Lines, each row one of
+MODEL_FOLDER is an ordinary Hugging Face folder (config.json, safetensors, tokenizer.json). A dataset is files
+or folders of JSON Lines, JSON, CSV, TSV, Parquet or text, each row of a file like one of
     {"prompt": ..., "completion": ...}
     {"question": ..., "answer": ...}
     {"instruction": ..., "input": ..., "output": ...}
     {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}
+    {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}]}
+    {"text": ...}
+or whatever `convert`, below, makes one of these of. To see what will be learned, before the model is loaded:
+    python scripts/finetune.py --model MODEL_FOLDER --dataset train.csv --inspect 3
 The result is a run folder: an adapter that PEFT loads too, the configuration, and one line of metrics a step.
 
 This file is meant to be edited. It reads from top to bottom: what can be set, then what is done.
@@ -17,6 +21,7 @@ This file is meant to be edited. It reads from top to bottom: what can be set, t
 
 import contextlib
 import errno
+import io
 import itertools
 import json
 import math
@@ -38,9 +43,10 @@ from minqlora import PagedAdamW, add_lora, load_adapter, load_model, save_adapte
 from minqlora.adapter import WEIGHTS_FILE, adapter_tensors
 from minqlora.architecture import read_architecture
 from minqlora.batch import Batch, Examples, Part, collate, order, pack, split, tokenize
+from minqlora.check import DataCheck, check, in_both, require_kept, show
 from minqlora.checkpoint import default_dtype, find_model, quantized_size
 from minqlora.codebook import QUANT_TYPES
-from minqlora.data import DataReport
+from minqlora.data import FORMATS, DataReport
 from minqlora.files import SAVED_QUANT_TYPES, open_safetensors, write_atomically
 from minqlora.lora import (
     LoRAConfig,
@@ -84,9 +90,22 @@ class Config:
         "folder of the base model, or a name such as org/model that the local Hugging Face cache has",
         aliases=["model_name_or_path"],
     )
-    dataset: list[Path] = option(REQUIRED, "JSONL files to learn from")
+    dataset: list[Path] = option(
+        REQUIRED,
+        "files to learn from, or folders of them: .jsonl, .json, .csv, .tsv, .parquet; .txt and .md are text",
+    )
+    dataset_format: str = option(
+        "auto", "what rows are; auto: what the keys of a file's first row say", choices=["auto", *FORMATS]
+    )
+    train_on_source: bool = option(False, "learn all tokens: prompts as well as answers")
+    allow_dropped: bool = option(
+        False, "go on even if more than a fifth of the rows have no answer, or lose it to --max_seq_length"
+    )
+    inspect: int | None = option(
+        None, "check the data, show so many examples token by token, and stop", bare="3"
+    )
     eval_dataset: list[Path] | None = option(
-        None, "JSONL files to evaluate on; none: --val_size splits some off"
+        None, "files or folders to evaluate on; none: --val_size splits some off"
     )
     val_size: float = option(0.0, "held-out part of --dataset: a share if below 1, else a number of rows")
     max_eval_samples: int | None = option(None, "evaluate on at most this many held-out rows")
@@ -205,7 +224,7 @@ class Config:
         """Refuse values that cannot mean anything."""
         at_least = {
             0: "val_size lora_alpha lora_dropout num_train_epochs learning_rate warmup_steps max_grad_norm"
-            " weight_decay seed max_time",
+            " weight_decay seed max_time inspect",
             1: "lora_r max_eval_samples max_steps per_device_train_batch_size gradient_accumulation_steps"
             " logging_steps eval_steps save_steps save_total_limit early_stopping_patience",
             4: "page_bytes",
@@ -281,6 +300,18 @@ def pairs(name: str, items: list[str] | None, kind: type[int] | type[float]) -> 
     return found
 
 
+# ---- the rows ----------------------------------------------------------------------------------------------
+
+
+def convert(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what is learned from a row of the data: a row with the keys of one of the formats above.
+
+    Change it to read data of your own: `return {"prompt": row["title"], "completion": row["abstract"]}`.
+    Tokenized data is kept under the source of this function, so all that may change belongs in it.
+    """
+    return row
+
+
 # ---- preparation: every mistake a user can make shows here, before anything is written ---------------------
 
 
@@ -320,6 +351,8 @@ COUNTERS = (
 )
 # Options that may differ when a run goes on: they do not change what a step computes.
 MAY_CHANGE = {
+    "allow_dropped",
+    "inspect",
     "output_dir",
     "resume_from_checkpoint",
     "num_train_epochs",
@@ -360,7 +393,8 @@ def prepare(config: Config) -> Run:
     source = find_model(config.model)
     tokenizer = Tokenizer(source)
     new_tokens = prepare_tokens(config, source, tokenizer)
-    train, held_out, n_held_out = prepare_data(config, tokenizer)
+    train, held_out, n_held_out, data_check = prepare_data(config, tokenizer)
+    require_positions(data_check, read_architecture(source).max_positions)
     torch.manual_seed(config.seed)  # before the adapters are drawn
     model = prepare_model(config, source, device, dtype, new_tokens, resumed and resumed[0])
     optimizer = PagedAdamW(
@@ -376,6 +410,7 @@ def prepare(config: Config) -> Run:
         folder.mkdir(parents=True, exist_ok=True)
         log = MetricsLog(folder)
         write_atomically(folder / "environment.json", as_json(environment(device, dtype)))
+        write_atomically(folder / "data_check.json", as_json(data_check))
         if new_tokens:
             tokenizer.save(folder)
         run = Run(config, model, optimizer, train, held_out, n_held_out, folder, log, total_steps)
@@ -464,8 +499,9 @@ def prepare_tokens(config: Config, source: Path, tokenizer: Tokenizer) -> dict[i
     return dict(zip(new_ids, pieces, strict=True))
 
 
-def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Part, Part, int]:
-    """Return the examples to learn from, those held out, and how many of these to evaluate."""
+def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Part, Part, int, dict[str, Any]]:
+    """Return the examples to learn from, those held out, how many of these to evaluate, and what the check of
+    all has found."""
 
     def read(paths: list[Path]) -> tuple[Examples, DataReport]:
         with tqdm(unit="B", unit_scale=True, desc="tokenizing", leave=False, disable=None) as bar:
@@ -474,17 +510,68 @@ def prepare_data(config: Config, tokenizer: Tokenizer) -> tuple[Part, Part, int]
                 tokenizer,
                 config.max_seq_length,
                 config.data_cache,
+                dataset_format=config.dataset_format,
+                train_on_source=config.train_on_source,
+                convert=convert,
                 progress=lambda done, total: show_progress(bar, done, total),
             )
 
     examples, report = read(config.dataset)
-    print(f"data      {report}")
+    learned_from = evaluated_on = check(examples, report, tokenizer)
+    print_check("data", learned_from)
     train, held_out = split(examples, config.val_size, config.seed)
     if config.eval_dataset:
         others, report = read(config.eval_dataset)
-        print(f"held out  {report}")
+        evaluated_on = check(others, report, tokenizer)
+        print_check("held out", evaluated_on)
         held_out = Part.whole(others)
-    return train, held_out, min(len(held_out), config.max_eval_samples or len(held_out))
+    if not config.allow_dropped and config.inspect is None:
+        require_kept(learned_from.report, "--dataset")
+        require_kept(evaluated_on.report, "--eval_dataset")
+    numbers = learned_from.numbers() | {"held_out": len(held_out)}
+    if len(held_out):
+        numbers["held_out_also_learned"] = n_both = in_both(train, learned_from, held_out, evaluated_on)
+        if n_both:
+            print(
+                f"warning   {n_both:,} of {len(held_out):,} held-out examples are learned from",
+                file=sys.stderr,
+            )
+    if config.eval_dataset:
+        numbers |= {f"held_out_{name}": value for name, value in evaluated_on.numbers().items()}
+    return train, held_out, min(len(held_out), config.max_eval_samples or len(held_out)), numbers
+
+
+def print_check(name: str, found: DataCheck) -> None:
+    """Print what a dataset comes to, and what is probably not meant."""
+    for line in found.lines():
+        print(f"{name:10}{line}")
+        name = ""
+    for warning in found.warnings():
+        print(f"warning   {warning}", file=sys.stderr)
+
+
+def require_positions(data_check: dict[str, Any], max_positions: int) -> None:
+    """Raise ValueError if an example is longer than what the model was made for."""
+    longest = max(data_check["longest"], data_check.get("held_out_longest", 0))
+    if longest > max_positions:
+        raise ValueError(
+            f"the longest example has {longest:,} tokens, more than the {max_positions:,} that the model was "
+            f"made for (max_position_embeddings in config.json); --max_seq_length {max_positions} cuts them"
+        )
+
+
+def inspect(config: Config) -> None:
+    """Print the check of the data, and some examples token by token; what is learned of them stands out."""
+    source = find_model(config.model)
+    tokenizer = Tokenizer(source)
+    prepare_tokens(config, source, tokenizer)
+    train, *_ = prepare_data(config, tokenizer)
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    for place in range(min(config.inspect or 0, len(train))):
+        example = train[place]
+        sizes = f"{len(example.input_ids):,} tokens, {example.supervised:,} of them learned"
+        print(f"\nexample {train.row(place) + 1:,}: {sizes} ({'green' if colour else 'in [[ ]]'})")
+        print(show(example, tokenizer, colour=colour))
 
 
 def prepare_model(
@@ -904,8 +991,12 @@ def print_sanity(run: Run, norms: dict[str, float]) -> None:
 def main() -> None:
     """Read the configuration, prepare, train."""
     config = parse(Config, description=__doc__.split("\n\n")[0] if __doc__ else None)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal has the characters of every dataset
     try:
         with user_errors():
+            if config.inspect is not None:
+                return inspect(config)
             run = prepare(config)
     except KeyboardInterrupt:
         print("\ninterrupted before the first step", file=sys.stderr)

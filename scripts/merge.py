@@ -37,7 +37,7 @@ from minqlora.adapter import CONFIG_FILE, public_name
 from minqlora.architecture import both_spellings, read_config
 from minqlora.checkpoint import Quantization, default_dtype, find_model, linear_weights, open_model
 from minqlora.codebook import QUANT_TYPES
-from minqlora.data import IGNORE, DataReport, encode_rows
+from minqlora.data import IGNORE, DataReport, Recipe, encode_rows, rows_of
 from minqlora.files import Checkpoint, companions, write_atomically, write_checkpoint
 from minqlora.lora import Adapter, LoRALinear, TrainedTokens, active_adapter, decoded, leading_part
 from minqlora.model import CausalLM
@@ -281,13 +281,12 @@ def read_sample(config: Config, tokenizer: Tokenizer) -> list[tuple[Tensor, Tens
         return [(window[None], window[1:]) for window in windows]
     rows: list[tuple[Tensor, Tensor]] = []
     room = config.verify_tokens
-    with open(config.verify, "rb") as file:
-        path, length = str(config.verify), config.max_seq_length
-        for example in encode_rows(file, path, 1, tokenizer, length, DataReport()):
-            if rows and len(example.input_ids) > room:
-                break
-            room -= len(example.input_ids)
-            rows.append((torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])))
+    recipe = Recipe(config.max_seq_length)
+    for example in encode_rows(rows_of([config.verify]), tokenizer, recipe, DataReport()):
+        if rows and len(example.input_ids) > room:
+            break
+        room -= len(example.input_ids)
+        rows.append((torch.tensor([example.input_ids]), torch.tensor(example.labels[1:])))
     if not rows:
         raise ValueError(f"{config.verify}: has no answer to compare on")
     return rows

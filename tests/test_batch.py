@@ -1,6 +1,8 @@
 """Examples are tokenized once and come back as they were, in an order nobody stores, packed into rows."""
 
+import csv
 import errno
+import gzip
 import json
 import math
 import multiprocessing
@@ -13,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from minqlora import batch
 from minqlora.batch import (
@@ -83,7 +87,7 @@ def contents(cache: Path) -> dict[str, bytes]:
 
 def test_every_example_is_what_its_row_gives_by_itself(tmp_path: Path, tokenizer: Tokenizer) -> None:
     given = rows(30) + [EMPTY] + rows(3, first=30)
-    examples, report = tokenize([write(tmp_path / "a", given)], tokenizer, LENGTH, tmp_path / "cache")
+    examples, report = tokenize([write(tmp_path / "a.jsonl", given)], tokenizer, LENGTH, tmp_path / "cache")
     alone = [encode(to_messages(row), tokenizer) for row in given if row != EMPTY]
     assert list(examples) == alone and len(examples) == 33
     assert [examples.length(i) for i in range(33)] == [len(example.input_ids) for example in alone]
@@ -94,17 +98,23 @@ def test_every_example_is_what_its_row_gives_by_itself(tmp_path: Path, tokenizer
             examples[place]
 
 
+def test_a_piece_is_some_examples_as_they_are_on_disk(tmp_path: Path) -> None:
+    examples = stored(tmp_path / "stored", [Example([i] * i, [IGNORE] * (i - 1) + [i]) for i in range(1, 9)])
+    held, ends = examples.piece(2, 5)
+    assert ends.tolist() == [3, 7, 12] and (held & ~LEARNED).tolist() == [3] * 3 + [4] * 4 + [5] * 5
+    assert [place + 1 for place, token in enumerate(held) if token >= LEARNED] == [3, 7, 12]
+
+
 def test_the_largest_token_and_a_label_fit_into_four_bytes(tmp_path: Path) -> None:
     examples = [Example([2**31 - 1, 0, 5], [2**31 - 1, IGNORE, 5]), Example([0], [0])]
     assert list(stored(tmp_path / "stored", examples)) == examples
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n \n"], ids=["lf", "crlf", "blank"])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(("end", "workers"), [("\n", 1), ("\r\n", 2), ("\n\n \n", 1)])
 def test_chunks_and_workers_give_the_same_bytes_as_one_chunk(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, end: str, workers: int
 ) -> None:
-    first, second = write(tmp_path / "a", rows(20), end), write(tmp_path / "b", rows(9), end)
+    first, second = write(tmp_path / "a.jsonl", rows(20), end), write(tmp_path / "b.jsonl", rows(9), end)
     first.write_bytes(b"\xef\xbb\xbf" + first.read_bytes())  # a byte order mark, which is no part of a row
     second.write_bytes(second.read_bytes().rstrip())  # no end of the last line
     tokenize([first, second], tokenizer, LENGTH, tmp_path / "one", workers=1)
@@ -130,7 +140,7 @@ def test_a_token_added_since_the_tokenizer_was_read_reaches_the_workers(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch, "CHUNK", 400)
-    tokenizer, path = Tokenizer(tiny_model), write(tmp_path / "a", rows(12))
+    tokenizer, path = Tokenizer(tiny_model), write(tmp_path / "a.jsonl", rows(12))
     tokenize([path], tokenizer, LENGTH, tmp_path, workers=1)
     (new,) = tokenizer.add_tokens(["then"])
     examples, _ = tokenize([path], tokenizer, LENGTH, tmp_path, workers=2)
@@ -144,7 +154,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     tokenize_chunk, begun = batch._tokenize_chunk, []
 
     def count(tokenizer: Tokenizer, chunk: Any, *others: Any) -> str | None:
-        begun.append(chunk.first_line)
+        begun.append(chunk.first)
         return tokenize_chunk(tokenizer, chunk, *others)
 
     monkeypatch.setattr(batch, "_tokenize_chunk", count)
@@ -154,7 +164,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_second_time_nothing_is_tokenized(
     tmp_path: Path, tokenizer: Tokenizer, counted: list[int]
 ) -> None:
-    path = write(tmp_path / "a", rows(20))
+    path = write(tmp_path / "a.jsonl", rows(20))
     first, report = tokenize([path], tokenizer, LENGTH, tmp_path / "cache", workers=1)
     n_chunks = len(counted)
     again, report_again = tokenize([path], tokenizer, LENGTH, tmp_path / "cache", workers=1)
@@ -170,7 +180,7 @@ def test_what_was_done_before_an_interruption_is_not_done_again(
     monkeypatch: pytest.MonkeyPatch,
     broken: BaseException,
 ) -> None:
-    path, cache = write(tmp_path / "a", rows(20)), tmp_path / "cache"
+    path, cache = write(tmp_path / "a.jsonl", rows(20)), tmp_path / "cache"
     whole = batch._tokenize_chunk
 
     def break_at_the_third(*args: Any) -> str | None:
@@ -193,7 +203,7 @@ def test_what_was_done_before_an_interruption_is_not_done_again(
 def test_a_half_written_chunk_is_done_again_and_a_half_joined_set_too(
     tmp_path: Path, tokenizer: Tokenizer, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, cache = write(tmp_path / "a", rows(20)), tmp_path / "cache"
+    path, cache = write(tmp_path / "a.jsonl", rows(20)), tmp_path / "cache"
 
     def die(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -216,7 +226,7 @@ def test_a_half_written_chunk_is_done_again_and_a_half_joined_set_too(
 
 
 def test_what_is_kept_is_found_by_content_and_not_by_name(tmp_path: Path, tiny_model: Path) -> None:
-    cache, path = tmp_path / "cache", write(tmp_path / "a", rows(5))
+    cache, path = tmp_path / "cache", write(tmp_path / "a.jsonl", rows(5))
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
     def kept(path: Path, length: int = LENGTH) -> int:
@@ -225,28 +235,134 @@ def test_what_is_kept_is_found_by_content_and_not_by_name(tmp_path: Path, tiny_m
 
     assert kept(path) == 1
     os.utime(path, (0, 0))
-    assert kept(path.rename(tmp_path / "b")) == 1
-    assert kept(write(tmp_path / "b", rows(5, first=1))) == 2
-    assert kept(tmp_path / "b", LENGTH - 1) == 3
+    assert kept(path.rename(tmp_path / "b.jsonl")) == 1
+    assert kept(write(tmp_path / "b.jsonl", rows(5, first=1))) == 2
+    assert kept(tmp_path / "b.jsonl", LENGTH - 1) == 3
     config = json.loads((model / "tokenizer_config.json").read_text())
     config["chat_template"] = "{# another one #}" + config["chat_template"]
     (model / "tokenizer_config.json").write_text(json.dumps(config))
-    assert kept(tmp_path / "b") == 4
+    assert kept(tmp_path / "b.jsonl") == 4
     content = json.loads((model / "tokenizer.json").read_text())
     content["model"]["merges"].pop()
     (model / "tokenizer.json").write_text(json.dumps(content))
-    assert kept(tmp_path / "b") == 5
+    assert kept(tmp_path / "b.jsonl") == 5
+
+
+def test_how_rows_become_examples_decides_what_is_found_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path, cache = write(tmp_path / "a.jsonl", rows(5)), tmp_path / "cache"
+
+    def kept(path: Path = path, **recipe: Any) -> int:
+        tokenize([path], tokenizer, LENGTH, cache, workers=1, **recipe)
+        return len(list(cache.glob("tokens-*")))
+
+    assert kept() == kept() == 1
+    assert kept(dataset_format="pair") == 2
+    assert kept(train_on_source=True) == 3
+    assert kept(convert=shout) == kept(convert=shout) == 4
+    assert kept(convert=whisper) == 5
+    (tmp_path / "b.txt").write_bytes(path.read_bytes())
+    assert kept(tmp_path / "b.txt") == 6  # the same content as text
+
+
+def shout(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"completion": row["completion"].upper()}
+
+
+def whisper(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"completion": row["completion"].lower()}
+
+
+CONVERTED = """
+import sys
+from pathlib import Path
+from minqlora import batch
+from minqlora.tokenizer import Tokenizer
+
+def convert(row):
+    return {"prompt": row["title"], "completion": row["body"].upper()}
+
+if __name__ == "__main__":
+    batch.CHUNK = 400
+    tokenizer = Tokenizer(sys.argv[1])
+    examples, report = batch.tokenize(
+        [Path(sys.argv[2])], tokenizer, 100, Path("cache"), convert=convert, workers=2
+    )
+    assert report.used == 60
+    print(tokenizer.decode(examples[59].input_ids))
+"""
+
+
+def test_a_conversion_that_stands_in_the_script_reaches_the_workers(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "script.py").write_text(CONVERTED)
+    write(tmp_path / "a.jsonl", [{"title": f"T {i}", "body": f"the body {i}"} for i in range(60)])
+    done = subprocess.run(
+        [sys.executable, "script.py", tiny_model, "a.jsonl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(batch.__file__).parents[1])},
+    )
+    assert done.stdout == "user\nT 59\nassistant\nTHE BODY 59\n", done.stderr
+
+
+def test_files_of_every_kind_together_are_their_rows_one_after_the_other(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "CHUNK", 200)
+    given, folder = rows(30), tmp_path / "data"
+    folder.mkdir()
+    write(folder / "a.jsonl", given[:10])
+    (folder / "b.json").write_text(json.dumps(given[10:15]))
+    with open(folder / "c.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(given[15:20])
+    parquet.write_table(pa.Table.from_pylist(given[20:25]), folder / "d.parquet", row_group_size=2)
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(write(tmp_path / "e.jsonl", given[25:]).read_bytes()))
+    messages = [{"messages": to_messages(row)} for row in given]
+    write(folder / "f.jsonl", messages)  # each file has a format of its own
+    examples, report = tokenize([folder], tokenizer, LENGTH, tmp_path / "cache", workers=1)
+    assert list(examples) == 2 * [encode(to_messages(row), tokenizer) for row in given]
+    assert report.rows == report.used == 60
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl.gz"])
+def test_a_broken_row_is_named_in_other_kinds_of_files_too(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.setattr(batch, "CHUNK", 100)
+    path = tmp_path / f"bad{suffix}"
+    if suffix == ".csv":
+        path.write_text("prompt,completion\n" + "Q,A\n" * 90 + "Q\n" + "Q,A\n" * 90)
+        where = "row 92: 1 fields under 2 columns"
+    else:
+        path.write_bytes(gzip.compress(b'{"prompt": "Q", "completion": "A"}\n' * 90 + b'{"prompt": "Q"}'))
+        where = "line 91: 'completion' is missing"
+    with pytest.raises(ValueError, match=f"^{path}: {where}"):
+        tokenize([path], tokenizer, LENGTH, tmp_path / "cache", workers=1)
+
+
+def test_the_first_row_of_a_file_is_what_every_chunk_of_it_must_be(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batch, "CHUNK", 200)
+    path = write(tmp_path / "a.jsonl", rows(20) + [{"text": "x"}] * 20)
+    with pytest.raises(
+        ValueError, match=r"a.jsonl: line 21: found the keys \['text'\], but the format is pair"
+    ):
+        tokenize([path], tokenizer, LENGTH, tmp_path / "cache", workers=1)
 
 
 def test_two_files_are_not_their_content_as_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
     # A byte order mark is none in the middle of a file.
     mark, row = "\ufeff", json.dumps(rows(1)[0]) + "\n"
     for name, text in (("a", row), ("b", mark + row), ("ab", row + mark + row)):
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    examples, _ = tokenize([tmp_path / "a", tmp_path / "b"], tokenizer, LENGTH, tmp_path)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    examples, _ = tokenize([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tokenizer, LENGTH, tmp_path)
     assert len(examples) == 2
-    with pytest.raises(ValueError, match="ab: line 2: not valid JSON"):
-        tokenize([tmp_path / "ab"], tokenizer, LENGTH, tmp_path)
+    with pytest.raises(ValueError, match="ab.jsonl: line 2: not valid JSON"):
+        tokenize([tmp_path / "ab.jsonl"], tokenizer, LENGTH, tmp_path)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -254,7 +370,7 @@ def test_a_broken_line_is_named_in_whatever_chunk_and_process_it_is(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(batch, "CHUNK", 400)
-    good, bad = write(tmp_path / "good", rows(5), "\n\n"), tmp_path / "bad"
+    good, bad = write(tmp_path / "good.jsonl", rows(5), "\n\n"), tmp_path / "bad.jsonl"
     lines = [json.dumps(row) for row in rows(40)]
     lines[22], lines[33] = '{"prompt": "Q"}', "and this"
     bad.write_text("\n".join(lines))
@@ -268,9 +384,9 @@ def test_a_broken_line_is_named_in_whatever_chunk_and_process_it_is(
 def test_files_without_anything_to_learn_are_refused_every_time(
     tmp_path: Path, tokenizer: Tokenizer, content: list[dict[str, str]]
 ) -> None:
-    path, count = write(tmp_path / "a", content), len(content)
+    path, count = write(tmp_path / "a.jsonl", content), len(content)
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"a: no row left .*\({count} read, {count} dropped\)"):
+        with pytest.raises(ValueError, match=rf"a.jsonl: no row left .*\({count} read, {count} dropped"):
             tokenize([path], tokenizer, LENGTH, tmp_path / "cache")
 
 
@@ -289,7 +405,7 @@ def tokenize_here(arguments: tuple[Path, Path, Path]) -> list[Example]:
 def test_of_two_processes_at_once_one_waits_for_the_other(
     tmp_path: Path, tiny_model: Path, tokenizer: Tokenizer
 ) -> None:
-    path, cache = write(tmp_path / "a", rows(60)), tmp_path / "cache"
+    path, cache = write(tmp_path / "a.jsonl", rows(60)), tmp_path / "cache"
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         one, two = pool.map(tokenize_here, [(tiny_model, path, cache)] * 2, chunksize=1)
     assert one == two == [encode(to_messages(row), tokenizer) for row in rows(60)]
@@ -319,7 +435,7 @@ if __name__ == "__main__":
 
 def test_workers_that_die_end_the_run_with_one_line(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
-    path = write(tmp_path / "a", rows(20))
+    path = write(tmp_path / "a.jsonl", rows(20))
     done = subprocess.run(
         [sys.executable, tmp_path / "killed.py", tiny_model, path, tmp_path / "cache"],
         capture_output=True,
@@ -335,7 +451,7 @@ def test_workers_that_die_end_the_run_with_one_line(tmp_path: Path, tiny_model: 
 def test_a_cache_that_cannot_be_written_is_one_line(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
-    path, cache = write(tmp_path / "a", rows(3)), tmp_path / "cache"
+    path, cache = write(tmp_path / "a.jsonl", rows(3)), tmp_path / "cache"
 
     def refuse(descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
@@ -355,7 +471,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
 def test_a_full_disk_leaves_nothing_that_looks_whole(
     tmp_path: Path, tokenizer: Tokenizer, small_disk: Callable[[int], Path]
 ) -> None:
-    path, disk = write(tmp_path / "a", rows(3000)), small_disk(2**18)
+    path, disk = write(tmp_path / "a.jsonl", rows(3000)), small_disk(2**18)
     with pytest.raises(ValueError, match=f"{disk}: tokenized data cannot be kept there .No space left"):
         tokenize([path], tokenizer, LENGTH, disk, workers=1)
     assert not list(disk.glob("tokens-*"))
@@ -364,7 +480,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(
 def test_what_is_kept_in_a_read_only_folder_is_used(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path / "a", rows(3))
+    path = write(tmp_path / "a.jsonl", rows(3))
     first, _ = tokenize([path], tokenizer, LENGTH, tmp_path / "cache")
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -460,6 +576,12 @@ def test_another_seed_holds_out_others(fifty: Examples) -> None:
 @pytest.mark.parametrize("val_size", [0.999, 50, 51])
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(fifty: Examples, val_size: float) -> None:
     with pytest.raises(ValueError, match=r"holds out \d+ of 50 examples: none is left to train on"):
+        split(fifty, val_size, seed=0)
+
+
+@pytest.mark.parametrize("val_size", [0.001, 0.009])
+def test_less_than_one_example_cannot_be_held_out(fifty: Examples, val_size: float) -> None:
+    with pytest.raises(ValueError, match=f"val_size {val_size} of 50 examples is less than one"):
         split(fifty, val_size, seed=0)
 
 

@@ -1,17 +1,43 @@
 """What is learned is the answers and their ends, exactly; a row that is not used is counted or named."""
 
+import csv
+import gzip
 import json
 import shutil
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.csv
 import pytest
 from hypothesis import example as with_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 import chat
-from minqlora.data import IGNORE, DataReport, Example, encode, encode_prompt, encode_rows, to_messages
+from minqlora import data
+from minqlora.data import (
+    FORMATS,
+    IGNORE,
+    Chunk,
+    DataReport,
+    Example,
+    Recipe,
+    Row,
+    chunks,
+    encode,
+    encode_prompt,
+    encode_rows,
+    encode_text,
+    find_files,
+    read_rows,
+    recognise,
+    rows_of,
+    to_messages,
+)
 from minqlora.tokenizer import Tokenizer
 
 END = "<|im_end|>"
@@ -85,7 +111,16 @@ def text_of(example: Example, tokenizer: Tokenizer) -> str:
         ({"instruction": "Do", "input": "", "output": "done"}, "Do", "done"),
         ({"instruction": "Do", "input": None, "output": "done"}, "Do", "done"),
         ({"instruction": "Do", "output": "done"}, "Do", "done"),
+        ({"instruction": "Do", "input": "this", "output": "done", "text": "Below is"}, "Do\n\nthis", "done"),
+        ({"instruction": "Do", "context": "this", "response": "done"}, "Do\n\nthis", "done"),
+        ({"prompt": "Q", "response": "A"}, "Q", "A"),
+        ({"input": "Q", "output": "A"}, "Q", "A"),
+        ({"question": "Q", "response": "B", "answer": "A"}, "Q", "A"),
+        ({"prompt": "Q", "completion": "A", "system": ""}, "Q", "A"),
         ({"messages": [user("Q"), assistant("A")]}, "Q", "A"),
+        ({"conversations": [user("Q"), assistant("A")]}, "Q", "A"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "Q", "A"),
+        ({"messages": [{"from": "user", "value": "Q"}, {"from": "assistant", "value": "A"}]}, "Q", "A"),
     ],
     ids=str,
 )
@@ -100,14 +135,47 @@ def test_messages_stay_as_they_are() -> None:
     assert to_messages({"messages": messages}) == messages
 
 
+def test_a_system_message_may_have_a_key_of_its_own() -> None:
+    expected = [{"role": "system", "content": "S"}, user("Q"), assistant("A")]
+    for row in (
+        {"system": "S", "prompt": "Q", "completion": "A"},
+        {"system": "S", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"system": "T", "messages": expected},  # the conversation's own counts
+    ):
+        assert to_messages(row) == expected
+
+
+def test_sharegpt_speakers_become_roles() -> None:
+    speakers = ["system", "human", "function", "observation", "tool", "gpt"]
+    turns = [{"from": speaker, "value": "x"} for speaker in speakers]
+    roles = [message["role"] for message in to_messages({"conversations": turns})]
+    assert roles == ["system", "user", "tool", "tool", "tool", "assistant"]
+
+
+def test_every_format_can_be_said_and_is_recognised() -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "messages": {"messages": [user("Q"), assistant("A")]},
+        "sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        "alpaca": {"instruction": "Q", "output": "A"},
+        "pair": {"question": "Q", "answer": "A"},
+        "text": {"text": "Q"},
+    }
+    assert rows.keys() == FORMATS.keys()
+    for name, row in rows.items():
+        assert recognise(row) == name
+        if name != "text":
+            assert to_messages(row, name) == to_messages(row) == [user("Q"), assistant("A")]
+    # Said to be something else than its keys would have it: which pair of keys counts is the user's to say.
+    both = {"instruction": "T", "output": "B", "question": "Q", "answer": "A"}
+    assert to_messages(both, "pair") == [user("Q"), assistant("A")]
+    assert to_messages(both) == [user("T"), assistant("B")]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (
-            {},
-            r"found the keys \[\], expected messages, or one of: prompt and completion; question and answer",
-        ),
-        ({"text": "x"}, r"found the keys \['text'\], expected messages"),
+        ({}, r"found the keys \[\], expected messages, a list of .*; or prompt and completion, question and"),
+        ({"body": "x"}, r"found the keys \['body'\], expected messages"),
         ({"prompt": "Q"}, r"'completion' is missing; found \['prompt'\]"),
         ({"prompt": "Q", "completion": None}, "'completion' must be text, got null"),
         ({"prompt": "Q", "completion": 4}, "'completion' must be text, got int"),
@@ -249,6 +317,59 @@ def test_without_a_template_a_conversation_is_refused(plain: Tokenizer, messages
         encode(messages, plain)
 
 
+def test_what_is_given_is_learned_too_if_that_is_asked(tokenizer: Tokenizer) -> None:
+    messages = [user("Q"), assistant("A"), user("R"), assistant("")]
+    alone, with_source = encode(messages, tokenizer), encode(messages, tokenizer, train_on_source=True)
+    assert with_source.input_ids == with_source.labels == alone.input_ids
+    assert learned(alone, tokenizer) == ["A<|im_end|>"]
+    # An answer that says nothing leaves nothing to learn, whatever was asked.
+    assert encode([user("Q"), assistant("")], tokenizer, train_on_source=True) == Example([], [])
+
+
+TOOL_TEMPLATE = """\
+{% if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor -%}
+<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def test_tools_and_their_calls_are_written_as_transformers_writes_them(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    ours, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    function = {"name": "weather", "arguments": {"city": "Köln"}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    messages = [
+        user("Rain?"),
+        answer,
+        {"role": "tool", "name": "weather", "content": "dry"},
+        assistant("No."),
+    ]
+
+    # As OpenAI has it: no content beside a call, arguments as text. As tables have it: null for absent keys.
+    written = json.loads(json.dumps(messages))
+    written[1] |= {"content": None}
+    written[1]["tool_calls"][0]["function"]["arguments"] = json.dumps(function["arguments"])
+    written[0] |= {"tool_calls": None, "name": None}
+    for tools in ([tool], json.dumps([tool])):
+        row = json.dumps({"messages": written, "tools": tools})
+        (example,), report = load(row, ours, 1000)
+        expected = theirs.apply_chat_template(messages, tools=[tool], tokenize=False)
+        assert text_of(example, ours) == expected.removesuffix("\n")
+        call = '<call>{"name": "weather", "arguments": {"city": "Köln"}}</call><|im_end|>'
+        assert learned(example, ours) == [call, "No.<|im_end|>"]
+        assert report.used == 1
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=12)
 
 
@@ -294,13 +415,20 @@ def test_without_a_template_too_the_prompt_is_what_chat_gives(plain: Tokenizer) 
 # -- lines -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages name files as they were given."""
+    monkeypatch.chdir(tmp_path)
+
+
 def load(
-    content: str | bytes, tokenizer: Tokenizer, max_seq_length: int = 100, first_line: int = 1
+    content: str | bytes, tokenizer: Tokenizer, max_seq_length: int = 100, first_line: int = 1, **recipe: Any
 ) -> tuple[list[Example], DataReport]:
     """The examples in the lines of a file, and what became of its rows."""
-    lines = (content if isinstance(content, bytes) else content.encode()).split(b"\n")
-    report = DataReport()
-    return list(encode_rows(lines, "rows.jsonl", first_line, tokenizer, max_seq_length, report)), report
+    path = Path("rows.jsonl")
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    chunk, report = Chunk(path, "jsonl", 0, None, first_line, 0), DataReport()
+    return list(encode_rows(read_rows(chunk), tokenizer, Recipe(max_seq_length, **recipe), report)), report
 
 
 ROW = '{"prompt": "Q", "completion": "A"}'
@@ -334,7 +462,9 @@ def test_what_is_cut_and_dropped_is_counted(tokenizer: Tokenizer) -> None:
         if not dropped:
             assert examples[0] == Example(whole.input_ids[:length], whole.labels[:length])
     report = load(rows, tokenizer, n - 5)[1]
-    assert "1 of 2 rows used (1 cut to length, 1 dropped)" in str(report)
+    assert "1 of 2 rows used (1 cut to length, 1 dropped: 1 with the answer beyond --max_seq_length)" in str(
+        report
+    )
 
 
 def test_reports_of_the_parts_of_a_file_add_up(tokenizer: Tokenizer) -> None:
@@ -364,7 +494,10 @@ def test_a_row_with_an_empty_answer_is_dropped_and_counted(tokenizer: Tokenizer)
         (b'{"prompt": "Q"}', "'completion' is missing"),
         (b'{"prompt": "Q", "completion": null}', "'completion' must be text, got null"),
         (b'{"prompt": "Q", "completion": 4}', "'completion' must be text, got int"),
-        (b'{"messages": [{"role": "user", "content": "Q"}]}', "no message has the role 'assistant'"),
+        (
+            b'{"messages": []}',
+            r"found the keys \['messages'\], but the format is pair: prompt and completion",
+        ),
     ],
     ids=str,
 )
@@ -411,3 +544,183 @@ def test_gsm8k_is_learned_from_as_it_comes(shared_data: Path, demo_model: Path) 
     assert report.used == 20 and report.truncated == report.dropped == 0
     for line, example in zip(lines, examples, strict=True):
         assert learned(example, demo) == [json.loads(line)["answer"] + END]
+
+
+# -- texts -------------------------------------------------------------------------------------------------
+
+
+def test_a_text_is_learned_whole_with_its_end(plain: Tokenizer) -> None:
+    (example,), report = load(json.dumps({"text": "the end"}), plain)
+    assert text_of(example, plain) == "<|im_start|>the end<|im_end|>"
+    assert example.labels == example.input_ids  # but for the first, which nothing predicts
+    assert (report.rows, report.used, report.supervised) == (1, 1, len(example.input_ids) - 1)
+    again, _ = load(json.dumps({"text": "<|im_start|>the end<|im_end|>"}), plain)
+    assert again == [example]  # nothing stands there twice
+
+
+@pytest.mark.parametrize("limit", range(2, 12))
+def test_a_long_text_becomes_pieces_that_are_all_learned(tokenizer: Tokenizer, limit: int) -> None:
+    whole = encode_text("a b c d e", tokenizer)
+    assert len(whole) == 10
+    examples, report = load(json.dumps({"text": "a b c d e"}), tokenizer, limit)
+    assert sum([example.input_ids for example in examples], []) == whole
+    assert all(2 <= len(example.input_ids) <= limit for example in examples)
+    assert (report.rows, report.used, report.truncated, report.tokens) == (1, 1, 0, 10)
+    assert report.supervised == 10 - len(examples)
+
+
+def test_a_text_without_a_character_to_see_is_dropped(tokenizer: Tokenizer) -> None:
+    examples, report = load('{"text": " \\n"}\n{"text": "a"}', tokenizer)
+    assert len(examples) == report.used == report.empty == report.dropped == 1
+
+
+@pytest.mark.parametrize("which", ["byte-level", "SentencePiece"])
+def test_a_book_is_tokenized_piece_by_piece_as_it_is_whole(
+    which: str, demo_model: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    if which == "SentencePiece":
+        shutil.copy(shared_data / "llama2_tokenizer.model", tmp_path / "tokenizer.model")
+    book_of = Tokenizer(demo_model if which == "byte-level" else tmp_path)
+    book = (shared_data / "wikitext2_valid.txt").read_text()[:200_000]
+    assert len(list(data._pieces(book))) > 10 and "".join(data._pieces(book)) == book
+    whole = book_of.begin(book)
+    assert encode_text(book, book_of) == [*whole, book_of.eos_ids[0]]
+
+
+def test_a_text_file_is_one_text_however_long(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = "".join(f"the line {i}\n" for i in range(200))
+    (tmp_path / "book.txt").write_text(book)
+    expected = encode_text(book, tokenizer)
+    monkeypatch.setattr(data, "PASSAGE", 300)
+    for size in (500, 10**6):
+        parts = list(chunks(tmp_path / "book.txt", size))
+        assert (len(parts) > 3) == (size == 500)
+        rows = [row for part in parts for row in read_rows(part)]
+        assert len(rows) > 5 and [row.begins for row in rows] == [True] + [False] * (len(rows) - 1)
+        report = DataReport()
+        examples = list(encode_rows(rows, tokenizer, Recipe(64), report))
+        assert sum([example.input_ids for example in examples], []) == expected
+        assert (report.rows, report.used, report.dropped) == (1, 1, 0)
+    lines = [int(row.where.rpartition(" ")[2]) for row in rows]
+    assert lines[0] == 1 and all(
+        row.content["text"].startswith(f"the line {n - 1}\n") for n, row in zip(lines, rows, strict=True)
+    )
+
+
+# -- files -------------------------------------------------------------------------------------------------
+
+AWKWARD = [
+    {"prompt": 'a "quoted"\n, and; broken\ttext', "completion": "1"},
+    {"prompt": "", "completion": " 数字 🙂 "},
+    {"prompt": '"', "completion": "\r\n"},
+    *({"prompt": f"Q {i}", "completion": "x" * i} for i in range(60)),
+]
+
+
+def write_csv(path: Path, delimiter: str) -> None:
+    with open(path, "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(AWKWARD)
+
+
+def write_lines(path: Path, end: str = "\n") -> None:
+    path.write_text("".join(json.dumps(row) + end for row in AWKWARD))
+
+
+WRITERS: dict[str, Callable[[Path], Any]] = {
+    "a.jsonl": write_lines,
+    "a.ndjson": lambda path: write_lines(path, "\r\n\n"),
+    "a.JSON": lambda path: path.write_text(json.dumps(AWKWARD, indent=2, ensure_ascii=False), "utf-8"),
+    "b.json": lambda path: path.write_text(json.dumps({"version": 1, "data": AWKWARD})),
+    "c.json": write_lines,
+    "a.csv": lambda path: write_csv(path, ","),
+    "b.csv": lambda path: write_csv(path, ";"),
+    "c.csv": lambda path: pyarrow.csv.write_csv(pa.Table.from_pylist(AWKWARD), path),
+    "a.tsv": lambda path: write_csv(path, "\t"),
+    "a.parquet": lambda path: parquet.write_table(pa.Table.from_pylist(AWKWARD), path, row_group_size=7),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_every_kind_of_file_gives_the_same_rows_in_whatever_chunks(
+    tmp_path: Path, name: str, compressed: bool
+) -> None:
+    path = tmp_path / name
+    WRITERS[name](path)
+    if compressed and path.suffix == ".parquet":
+        pytest.skip("Parquet is compressed inside")
+    if compressed:
+        path = path.with_name(name + ".gz")
+        path.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    rows = list(rows_of([path]))
+    assert [row.content for row in rows] == AWKWARD
+    assert all(row.begins and row.ends for row in rows)
+    for size in (1, 100, 1000):
+        parts = list(chunks(path, size))
+        assert [row for part in parts for row in read_rows(part)] == rows
+        streamed = compressed or name in ("a.JSON", "b.json")
+        assert (len(parts) == 1) if streamed else (len(parts) > 2)
+        assert len(parts) < 10 or size < 1000
+    numbers = [int(row.where.rpartition(" ")[2]) for row in rows]
+    first, step = (2 if "sv" in name else 1), (2 if name == "a.ndjson" else 1)
+    assert numbers == [first + step * i for i in range(len(AWKWARD))]
+
+
+def test_a_folder_is_its_files_in_order_without_what_only_comes_along(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a/z.csv", "a/y.txt", "a/notes.docx", "README.md", "LICENSE", "license.txt"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).write_text("x")
+    (tmp_path / "data/.cache").mkdir()
+    (tmp_path / "data/.cache/a.jsonl").write_text("x")
+    (tmp_path / "more.jsonl.gz").write_text("x")
+    found = find_files([tmp_path / "more.jsonl.gz", tmp_path / "data"])
+    assert [str(path.relative_to(tmp_path)) for path in found] == [
+        "more.jsonl.gz",
+        "data/a/y.txt",
+        "data/a/z.csv",
+        "data/b.jsonl",
+    ]
+    assert find_files([tmp_path / "data/README.md"])  # who names it, means it
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.csv.gz", "a.txt"])
+def test_of_a_file_only_a_part_is_in_memory(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "PASSAGE", 2**14)
+    line = {"csv": "Q,{}\n", "jsonl": '{{"prompt": "Q", "completion": "{}"}}\n', "txt": "{}\n"}[
+        name.split(".")[1]
+    ]
+    header = "prompt,completion\n" if "csv" in name else ""
+    content = (header + line.format("x" * 1000) * 4000).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content, 1) if name.endswith("gz") else content)
+    tracemalloc.start()
+    count = sum(len(row.content) for part in chunks(tmp_path / name, 2**18) for row in read_rows(part))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert count > 100 and peak < 2**20 < len(content) / 3
+
+
+# -- one function of the user's ----------------------------------------------------------------------------
+
+
+def test_a_conversion_comes_before_all_else(tokenizer: Tokenizer) -> None:
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        return {"prompt": row.pop("title"), "completion": row.pop("body")}  # it may spoil the row it is given
+
+    examples, report = load('{"title": "Q", "body": "A"}\n' * 2, tokenizer, convert=convert)
+    assert examples == [encode([user("Q"), assistant("A")], tokenizer)] * 2 and report.used == 2
+
+
+def test_the_format_of_the_first_row_is_that_of_all(tokenizer: Tokenizer) -> None:
+    rows = [Row("1", {"prompt": "Q", "completion": "A"}), Row("2", {"text": "x"})]
+    with pytest.raises(ValueError, match=r"^2: found the keys \['text'\], but the format is pair"):
+        list(encode_rows(rows, tokenizer, Recipe(100), DataReport()))
+    part = Chunk(Path("a.jsonl"), "jsonl", 0, None, 1, 0)
+    for content, expected in ((" \n\n", "auto"), ('\n{"text": "x"}', "text")):
+        part.path.write_text(content)
+        assert data.format_of(part, Recipe(100)) == expected

@@ -1,5 +1,6 @@
 """finetune.py trains what it says, the same every time, without a network; a mistake is one clear line."""
 
+import io
 import json
 import math
 import os
@@ -135,12 +136,101 @@ def test_the_loss_falls_on_rows_of_every_format(
         "adapter_model.safetensors",
         "completed",
         "config.yaml",
+        "data_check.json",
         "environment.json",
         "metrics.jsonl",
     ]
     out = capsys.readouterr().out
     assert f"{len(ROWS[kind])} of {len(ROWS[kind])} rows used (0 cut to length, 0 dropped)" in out
     assert "float32 on cpu (as asked)" in out and "saved     run" in out
+
+
+def test_what_the_check_of_the_data_found_stands_in_the_run_folder(
+    run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "held.jsonl", ROWS["prompt and completion"][:2])
+    folder = run(max_steps=1, eval_dataset="held.jsonl")
+    found = json.loads((folder / "data_check.json").read_text())
+    assert (found["rows"], found["used"], found["empty"], found["beyond"]) == (12, 12, 0, 0)
+    assert (found["held_out"], found["held_out_rows"], found["held_out_also_learned"]) == (2, 2, 2)
+    said = capsys.readouterr()
+    assert "end token learned in 12 of 12" in said.out
+    assert "warning   2 of 2 held-out examples are learned from" in said.err
+
+
+def test_inspecting_shows_examples_and_leaves_nothing(
+    run: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(finetune, "load_model", None)
+    run(inspect=2)
+    out = capsys.readouterr().out
+    assert out.count("\nexample ") == 2 == out.count("\n[[") and "|<|im_end|>|]]" in out and "\x1b" not in out
+    assert "12 of 12 rows used" in out and not (tmp_path / "run").exists()
+    # Even where a run would be refused: that is when one wants to look.
+    write_rows(tmp_path / "rows.jsonl", [*ROWS["alpaca"], *[ROWS["alpaca"][0] | {"output": ""}] * 12])
+    run(inspect=99)
+    assert capsys.readouterr().out.count("\nexample ") == 12
+
+
+def test_a_terminal_of_few_characters_is_no_reason_to_stop(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    run(inspect=1)
+    sys.stdout.flush()
+    assert b"12 of 12 rows used" in written.getvalue() and b"\n[[" in written.getvalue()
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_on_a_terminal_what_is_learned_is_green_unless_that_is_unwanted(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: Any, no_color: str, coloured: bool
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    run(inspect=1)
+    assert ("\x1b[32m" in capsys.readouterr().out) == coloured
+
+
+def test_rows_without_an_answer_may_be_allowed(run: Callable[..., Path], tmp_path: Path, capsys: Any) -> None:
+    rows = [*ROWS["alpaca"], *[ROWS["alpaca"][0] | {"output": ""}] * 12]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(SystemExit):
+        run()
+    assert "12 of 24 rows (50%) would be lost" in capsys.readouterr().err
+    run(allow_dropped="true", max_steps=1)
+    assert "12 of 24 rows used (0 cut to length, 12 dropped: 12 without an answer)" in capsys.readouterr().out
+
+
+def test_raw_text_is_learned_and_so_are_prompts_if_asked(run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("".join(f"the line {i}\n" for i in range(100)))
+    flags: dict[str, Any] = dict(per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=12)
+    folder = run("text", **flags, dataset="book.txt", eval_dataset="book.txt", max_seq_length=64)
+    first, *_, last = [row["eval_loss"] for row in metrics(folder) if "eval_loss" in row]
+    assert last < 0.7 * first
+    found = json.loads((folder / "data_check.json").read_text())
+    assert found["rows"] == 1 and found["examples"] > 15 and found["supervised_share"] > 0.95
+    answers, all_tokens = (
+        json.loads(
+            (run(name, max_steps=1, train_on_source=name).parent / name / "data_check.json").read_text()
+        )
+        for name in ("false", "true")
+    )
+    assert (
+        answers["tokens"] == all_tokens["tokens"] == all_tokens["supervised"] + 12 > 2 * answers["supervised"]
+    )
+
+
+def test_a_conversion_in_the_script_is_what_is_learned(
+    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"title": f"T {i}", "body": "B"} for i in range(12)])
+    monkeypatch.setattr(finetune, "convert", lambda row: {"prompt": row["title"], "completion": row["body"]})
+    run(inspect=1)
+    assert "[[B|<|im_end|>|]]" in capsys.readouterr().out
 
 
 def test_every_row_of_the_metrics_has_the_documented_keys(run: Callable[..., Path]) -> None:
@@ -742,7 +832,7 @@ MISTAKES: dict[str, Case] = {
     "unknown keys": (
         add_line('{"text": "Q"}'),
         [],
-        ["rows.jsonl: line 13", "['text']", "expected messages, or"],
+        ["rows.jsonl: line 13", "['text']", "but the format is pair: prompt and completion"],
     ),
     "held-out answer missing": (
         lambda m: Path("heldout.jsonl").write_text('{"prompt": "Q"}'),

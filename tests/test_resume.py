@@ -166,6 +166,8 @@ def test_more_steps_may_be_asked_for_and_fewer_than_done_are_refused(
 OTHER_VALUES: dict[str, Any] = {
     "model": Path("other"),
     "dataset": [Path("other.jsonl")],
+    "dataset_format": "pair",
+    "train_on_source": True,
     "eval_dataset": [Path("rows.jsonl")],
     "val_size": 2.0,
     "bits": 16,
@@ -221,7 +223,7 @@ def test_a_flag_that_changes_the_arithmetic_is_refused_by_name_and_every_other_i
     others = dict(num_train_epochs=9.0, max_steps=99, max_time=1.0, cache=Path("c"), data_cache=Path("d"))
     others |= dict(logging_steps=3, eval_steps=3, max_eval_samples=1, save_steps=3, save_total_limit=7)
     others |= dict(paged="never", page_bytes=64, on_nonfinite="skip", gradient_checkpointing=False)
-    others |= dict(resume_from_checkpoint=folder / "checkpoint-1")
+    others |= dict(resume_from_checkpoint=folder / "checkpoint-1", allow_dropped=True, inspect=1)
     together = dict(output_dir=Path("run"), early_stopping_patience=1, load_best=True)
     assert others.keys() | together.keys() == finetune.MAY_CHANGE
     for name, value in others.items():
