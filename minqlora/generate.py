@@ -19,7 +19,7 @@ weight for each step, which is what bounds the speed.
 
 Source of top-p: "The Curious Case of Neural Text Degeneration", "Nucleus Sampling".
 
-Before: loss. Next: run.
+Before: loss. Next: memory.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence

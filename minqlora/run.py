@@ -21,7 +21,7 @@ and what is found afterwards either is a checkpoint or says which of its files i
 From a checkpoint a run goes on to the same bits as if it had never stopped: the order of the data is decided
 by seed and step, and every random generator's state is kept.
 
-Before: generate.
+Before: memory.
 """
 
 import base64
