@@ -43,9 +43,9 @@ Before: generate. Next: run.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +70,7 @@ class Setup:
     quantization: Quantization = Quantization()
     quantize_embeddings: bool = False
     dtype: torch.dtype = torch.bfloat16  # of computing
-    checkpoint_dtype: torch.dtype = (
-        torch.bfloat16
-    )  # of embeddings and head, which stay as they are in the files
+    stored_dtype: torch.dtype = torch.bfloat16  # of embeddings and head, which stay as they are in the files
     adapter_dtype: torch.dtype = torch.float32
     gradient_checkpointing: bool = True
     per_device_train_batch_size: int = 1
@@ -192,6 +190,13 @@ def _plan(model: CausalLM, setup: Setup, *, paged: bool) -> Plan:
     return Plan(**(held | instants[fullest]), instant=fullest, instants=totals, host=host)
 
 
+def stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype of a checkpoint's weights by its config.json, float32 if that does not say."""
+    name = config.get("dtype") or config.get("torch_dtype")
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
 # ---- what is held from beginning to end --------------------------------------------------------------------
 
 
@@ -213,7 +218,7 @@ def held_bytes(model: CausalLM, setup: Setup) -> dict[str, int]:
             held["scales"] += scales
         else:  # as load_model has it: tables in the dtype of the files, all else in that of computing
             stays = is_table and setup.method != "full"
-            held[kind] += n * (setup.checkpoint_dtype if stays else setup.dtype).itemsize
+            held[kind] += n * (setup.stored_dtype if stays else setup.dtype).itemsize
     return held
 
 
