@@ -98,7 +98,7 @@ class Plan:
     gradients: int = field(metadata={"what": "of what is trained"})
     moments: int = field(metadata={"what": "AdamW's, on the device"})
     activations: int = field(metadata={"what": "what backward wants again; checkpointed, the blocks' inputs"})
-    block: int = field(metadata={"what": "what one block computes with, backward"})
+    backward: int = field(metadata={"what": "what one block computes with in its backward pass"})
     logits: int = field(metadata={"what": "a chunk of logits, and the hidden states with their gradient"})
     workspace: int = field(metadata={"what": "decoded weights, pages of moments"})
     instant: str  # when that is
@@ -176,15 +176,15 @@ def _plan(model: CausalLM, setup: Setup, *, paged: bool) -> Plan:
             gradients=before, activations=stays + kept, logits=logits_bytes(model, setup), workspace=decoding
         ),
         "backward of the last block": dict(
-            gradients=before, activations=stays + kept, block=working + again, workspace=decoding
+            gradients=before, activations=stays + kept, backward=working + again, workspace=decoding
         ),
         "backward of the first block": dict(
-            gradients=gradients, activations=stays, block=working + first, workspace=decoding
+            gradients=gradients, activations=stays, backward=working + first, workspace=decoding
         ),
         "update": dict(gradients=gradients, workspace=decoding + update_bytes(trained, setup, paged)),
     }
     host = moments if paged and setup.device != "cpu" else 0
-    held |= dict(moments=moments - host, block=0, activations=0, logits=0)
+    held |= dict(moments=moments - host, backward=0, activations=0, logits=0)
     totals = {name: sum((held | parts).values()) for name, parts in instants.items()}
     fullest = max(totals, key=totals.__getitem__)
     return Plan(**(held | instants[fullest]), instant=fullest, instants=totals, host=host)
@@ -268,23 +268,28 @@ def saved_by_block(block: nn.Module, layer: Layer, arch: Architecture, setup: Se
     layer: what sets it apart from others of the architecture.
     """
     T, D, size = setup.tokens, arch.hidden_size, setup.dtype.itemsize
+    adapted = {
+        path.rpartition(".")[2]: module
+        for path, module in block.named_modules()
+        if isinstance(module, LoRALinear)
+    }
     for name in vars(arch.family.norms).values():
         if name is not None:
             yield from _saved_by_norm(name, T, D, arch, setup)
-    yield from _saved_by_linear(block, ("q_proj", "k_proj", "v_proj", "qkv_proj"), D, setup)
+    yield from _saved_by_linear(adapted, ("q_proj", "k_proj", "v_proj", "qkv_proj"), D, setup)
     yield from _saved_by_attention(layer, arch, setup)
-    yield from _saved_by_linear(block, ("o_proj",), arch.n_heads * arch.head_dim, setup)
+    yield from _saved_by_linear(adapted, ("o_proj",), arch.n_heads * arch.head_dim, setup)
     if layer.experts is not None:  # all frozen; each takes some of the tokens
         routed = T * layer.experts.active
         yield Saved("router: probabilities", T * layer.experts.count, 4)
         yield Saved("experts: gate and up", routed * 2 * layer.experts.intermediate_size, size)
-        yield Saved("experts: outputs, which their probabilities multiply", routed * D, size)
+        yield Saved("experts: outputs, before and after their probabilities multiply", routed * 2 * D, size)
         return
-    yield from _saved_by_linear(block, ("gate_proj", "up_proj", "gate_up_proj"), D, setup)
+    yield from _saved_by_linear(adapted, ("gate_proj", "up_proj", "gate_up_proj"), D, setup)
     yield Saved(
         "gate and up: outputs, of which either is the other's factor", T * 2 * arch.intermediate_size, size
     )
-    yield from _saved_by_linear(block, ("down_proj",), arch.intermediate_size, setup)
+    yield from _saved_by_linear(adapted, ("down_proj",), arch.intermediate_size, setup)
 
 
 def _saved_by_norm(name: str, rows: int, width: int, arch: Architecture, setup: Setup) -> Iterator[Saved]:
@@ -293,19 +298,20 @@ def _saved_by_norm(name: str, rows: int, width: int, arch: Architecture, setup: 
     yield Saved(f"{name}: 1 / rms(x)", rows, 4)
 
 
-def _saved_by_linear(block: nn.Module, names: Sequence[str], width: int, setup: Setup) -> Iterator[Saved]:
+def _saved_by_linear(
+    adapted: Mapping[str, LoRALinear], names: Sequence[str], width: int, setup: Setup
+) -> Iterator[Saved]:
     # Layers that share an input, which is saved once. A frozen layer without an adapter saves nothing of it.
     T, size = setup.tokens, setup.dtype.itemsize
-    there = {path.rpartition(".")[2]: module for path, module in block.named_modules()}
-    what = ", ".join(name for name in names if name in there)
-    adapted = [there[name] for name in names if isinstance(there.get(name), LoRALinear)]
-    if setup.method == "full" or (adapted and not setup.adapter.dropout):
+    layers = {name: adapted[name] for name in names if name in adapted}
+    what = ", ".join(layers or names)
+    if setup.method == "full" or (layers and not setup.adapter.dropout):
         yield Saved(f"{what}: input", T * width, size)
-    elif adapted:  # each of them has zeroed other numbers
+    elif layers:  # each of them has zeroed other numbers
         mask = 1 if setup.device == "cuda" else size
-        yield Saved(f"{what}: inputs after dropout", T * width * len(adapted), size)
-        yield Saved(f"{what}: what dropout multiplied by", T * width * len(adapted), mask)
-    for layer in adapted:
+        yield Saved(f"{what}: inputs after dropout", T * width * len(layers), size)
+        yield Saved(f"{what}: what dropout multiplied by", T * width * len(layers), mask)
+    for layer in layers.values():
         N, K = layer.weight.shape
         yield Saved(f"{what}: input @ lora_A.T", T * layer.r, size)
         if setup.adapter_dtype != setup.dtype:
@@ -322,17 +328,18 @@ def _saved_by_attention(layer: Layer, arch: Architecture, setup: Setup) -> Itera
         yield from _saved_by_norm("q_norm", T * q_rows, q_width // q_rows, arch, setup)
         yield from _saved_by_norm("k_norm", T * kv_rows, kv_width // kv_rows, arch, setup)
     yield Saved("attention: queries, turned", T * q_width, size)
-    yield Saved("attention: keys, turned", T * kv_width, size)
-    # Cut out of a fused product, values keep all of it.
-    yield Saved("attention: values", T * (q_width + 2 * kv_width if arch.family.fused else kv_width), size)
     if arch.attention_softcap is not None:  # in plain operations
         scores = arch.n_heads * T * length
         yield Saved("attention: keys and values, a copy for each query head", T * 2 * q_width, size)
         yield Saved("attention: capped scores", scores, size)
+        yield Saved("attention: mask", T * length, 1)
         yield Saved("attention: weights", scores, 4)
         if setup.dtype != torch.float32:
             yield Saved("attention: weights in the compute dtype", scores, size)
         return
+    yield Saved("attention: keys, turned", T * kv_width, size)
+    # Cut out of a fused product, values keep all of it.
+    yield Saved("attention: values", T * (q_width + 2 * kv_width if arch.family.fused else kv_width), size)
     yield Saved("attention: output", T * q_width, size)
     yield Saved("attention: logarithm of each query's sum", T * arch.n_heads, 4)
     if layer.window is not None and layer.window < length:
@@ -380,20 +387,22 @@ def update_bytes(trained: list[nn.Parameter], setup: Setup, paged: bool) -> int:
 
 
 def workspace_bytes(model: CausalLM, setup: Setup) -> int:
-    """Return the bytes in which weights are decoded: on a CPU a tile and what goes with it, kept for good;
-    elsewhere the largest weight."""
-    if setup.method != "qlora":
-        return 0
-    shapes = [tuple(weight.shape) for weight in block_weights(model)]
-    largest = max((math.prod(shape) for shape in shapes), default=0)
-    size, block_size = setup.dtype.itemsize, setup.quantization.block_size
+    """Return the bytes in which weights are decoded: on a CPU a tile, and what goes with it, kept for good;
+    elsewhere the largest weight. A head of another dtype than the hidden states is cast in tiles."""
+    arch, size, block_size = model.arch, setup.dtype.itemsize, setup.quantization.block_size
+    decoded = [weight.shape for weight in block_weights(model)] if setup.method == "qlora" else []
+    is_cast = setup.method != "full" and setup.stored_dtype != setup.dtype
+    head = [torch.Size((arch.vocab_size, arch.hidden_size))] if is_cast else []
+    largest = max((math.prod(shape) for shape in decoded), default=0)
+    tiled = decoded + head if setup.device == "cpu" else head
+    tile = max((min(n, max(TILE // (k * size), 1)) * k * size for n, k in tiled), default=0)
     if setup.device != "cpu":
-        return largest * size + largest // block_size * 4
+        return max(tile, largest * size + largest // block_size * 4)
     at_a_time = min(QUANTIZED_AT_A_TIME, largest)
-    tiles = [min(n, max(TILE // (k * size), 1)) * k * size for n, k in shapes]
-    tile = max([*tiles, 4 * at_a_time])  # where borders stand, too
-    # By the names of `scratch`: numbers, codes and which lie above a border, of quantizing; index and scales.
-    return tile + at_a_time * (4 + 1 + 1) + min(RUN, largest) * 8 + min(WINDOW, largest // block_size) * 4
+    # By the names of `scratch`: the tile, in which borders stand as well; of quantizing, numbers, codes and
+    # which lie above a border; of decoding, index and scales.
+    quantizing, decoding = at_a_time * (4 + 1 + 1), min(RUN, largest) * 8
+    return max(tile, 4 * at_a_time) + quantizing + decoding + min(WINDOW, largest // block_size) * 4
 
 
 def rotary_bytes(arch: Architecture, setup: Setup) -> int:

@@ -251,7 +251,7 @@ def accounting(request: Request, column: Column) -> Iterator[str]:
         "moments": f"two of each, of {setup.moment_bits} bits" + (", in host memory" if plan.host else ""),
         "activations": "what backward wants again"
         + (", the blocks' inputs; the rest is computed again" if setup.gradient_checkpointing else ""),
-        "block": "what one block computes with, in its backward pass",
+        "backward": "what one block computes with, in its backward pass",
         "logits": f"{min(CHUNK, setup.tokens)} x {arch.vocab_size:,} at a time; the hidden states",
         "workspace": "decoded weights, pages of moments",
     }

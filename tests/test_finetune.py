@@ -136,6 +136,7 @@ def test_the_loss_falls_on_rows_of_every_format(
         "completed",
         "config.yaml",
         "environment.json",
+        "memory.json",
         "metrics.jsonl",
     ]
     out = capsys.readouterr().out

@@ -4,12 +4,15 @@ Two measures, on a CPU: the bytes of live tensors, from the profiler's record of
 growth of the process under tcmalloc, which keeps little of what is freed.
 """
 
+import ctypes
+import gc
+import itertools
 import json
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +131,7 @@ def test_the_plan_is_what_was_counted_by_hand(name: str, on_the_card: float, pag
 def build(arch: Architecture, setup: Setup) -> CausalLM:
     """A model of random weights that is trained as `setup` says."""
     torch.manual_seed(0)
-    with torch.device("cpu"):
+    with torch.device("meta"):
         model = CausalLM(arch, setup.dtype)
     in_blocks = set(linear_weights(model))
     for name, parameter in model.named_parameters():
@@ -146,26 +149,24 @@ def build(arch: Architecture, setup: Setup) -> CausalLM:
     return model.train()
 
 
-def make_step(model: CausalLM, setup: Setup) -> Callable[[], None]:
-    """A function that does an optimizer step on full rows of random tokens, everything supervised."""
-    optimizer = PagedAdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad], bits=setup.moment_bits
-    )
+def optimizer_of(model: CausalLM, setup: Setup) -> PagedAdamW:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return PagedAdamW(trained, bits=setup.moment_bits)
+
+
+def step(model: CausalLM, optimizer: PagedAdamW, setup: Setup) -> None:
+    """Do an optimizer step on full rows of random tokens, everything supervised."""
     lengths = [setup.max_seq_length] * setup.per_device_train_batch_size
     tokens = torch.randint(model.arch.vocab_size, (1, setup.tokens))
 
-    def micro_batch() -> Tensor:
-        # As in a run: the hidden states are nobody's after the loss is there.
+    def loss() -> Tensor:
+        # As in a run: once it is there, the hidden states are nobody's.
         return supervised_loss(model.model(tokens, lengths), tokens, model.lm_head)
 
-    def step() -> None:
-        for _ in range(setup.gradient_accumulation_steps):
-            (micro_batch() / setup.tokens).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step.optimizer = optimizer  # type: ignore[attr-defined]
-    return step
+    for _ in range(setup.gradient_accumulation_steps):
+        (loss() / setup.tokens).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def storages(tensors: Iterator[Tensor]) -> dict[int, int]:
@@ -186,24 +187,17 @@ def held(model: CausalLM, optimizer: PagedAdamW) -> int:
     return sum(kept.values())
 
 
-def peak_of_live_bytes(step: Callable[[], None]) -> int:
-    """The most bytes of tensors that live at once in a step, besides those that lived before."""
+def live_bytes(model: CausalLM, setup: Setup) -> int:
+    """The most bytes that live at once in a step: what is held, and the peak of what comes and goes."""
+    optimizer = optimizer_of(model, setup)
+    step(model, optimizer, replace(setup, max_seq_length=4))  # moments and scratch come to be
+    before = held(model, optimizer)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        step()
+        step(model, optimizer, setup)
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    live = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
-def measured(model: CausalLM, setup: Setup) -> int:
-    step = make_step(model, setup)
-    step()  # moments and scratch come to be
-    return held(model, step.optimizer) + peak_of_live_bytes(step)  # type: ignore[attr-defined]
+    events = profiler.profiler.kineto_results.events()
+    return before + max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
 
 
 @pytest.fixture
@@ -218,14 +212,14 @@ CPU = Setup(
     dtype=torch.float32,
     stored_dtype=torch.float32,
     gradient_accumulation_steps=2,
-    max_seq_length=512,
+    max_seq_length=256,
     device="cpu",
 )
-WIDE = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=12)
+WIDE = dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=2, num_attention_heads=8)
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "checkpointed": ({}, {}),
     "not checkpointed": ({}, dict(gradient_checkpointing=False)),
-    "long": ({}, dict(max_seq_length=2048)),
+    "long": ({}, dict(max_seq_length=1024, gradient_accumulation_steps=1)),
     "several rows": (
         {},
         dict(max_seq_length=128, per_device_train_batch_size=6, gradient_checkpointing=False),
@@ -246,19 +240,23 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(
             adapter=LoRAConfig(r=8, target_modules=["q_proj", "v_proj"]),
             gradient_checkpointing=False,
-            max_seq_length=1024,
+            max_seq_length=512,
         ),
     ),
-    "the last block alone": ({}, dict(adapter=LoRAConfig(layers_to_transform=[3]), max_seq_length=1024)),
+    "the last block alone": ({}, dict(adapter=LoRAConfig(layers_to_transform=[3]), max_seq_length=512)),
     "dropout": ({}, dict(adapter=LoRAConfig(r=16, dropout=0.1), gradient_checkpointing=False)),
     "DoRA": ({}, dict(adapter=LoRAConfig(r=16, use_dora=True), gradient_checkpointing=False)),
     "trained head and embeddings": (
         {},
         dict(adapter=LoRAConfig(modules_to_save=["lm_head", "embed_tokens"]), gradient_checkpointing=False),
     ),
-    "bfloat16": ({}, dict(dtype=torch.bfloat16, max_seq_length=256)),
-    "full": ({}, dict(method="full", max_seq_length=256)),
+    "bfloat16": ({}, dict(dtype=torch.bfloat16, max_seq_length=128)),
+    "full": ({}, dict(method="full")),
 }
+
+
+# What multiplies bfloat16 on a CPU keeps buffers of its own.
+IN_A_PROCESS = [name for name in CONFIGURATIONS if name != "bfloat16"]
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -267,7 +265,7 @@ def test_the_plan_is_within_10_percent_of_the_live_bytes(name: str) -> None:
     changes, options = CONFIGURATIONS[name]
     arch, setup = architecture(**changes), replace(CPU, **options)
     planned = plan_memory(skeleton(arch, setup), setup)
-    assert planned.total == pytest.approx(measured(build(arch, setup), setup), rel=0.1), planned.instants
+    assert planned.total == pytest.approx(live_bytes(build(arch, setup), setup), rel=0.1), planned.instants
 
 
 @pytest.mark.slow
@@ -279,7 +277,7 @@ def test_the_plan_of_a_real_model_is_within_10_percent(demo_model: Path, checkpo
     model = load_model(demo_model, dtype=torch.float32)
     add_lora(model, r=16)
     model.train().model.gradient_checkpointing = checkpointing
-    assert planned.total == pytest.approx(measured(model, setup), rel=0.1)
+    assert planned.total == pytest.approx(live_bytes(model, setup), rel=0.1)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -334,29 +332,47 @@ def test_a_block_saves_what_is_on_the_list(family: str, variant: str) -> None:
     setup = replace(CPU, **VARIANTS.get(variant, {}), max_seq_length=256)
     listed = saved_by_block(skeleton(arch, setup).model.layers[-1], arch.layers[-1], arch, setup)
     found = saved_in_forward(build(arch, setup), setup)
-    assert sum(saved.nbytes for saved in listed) == pytest.approx(found, rel=0.02)
+    assert sum(saved.nbytes for saved in listed) == pytest.approx(found, rel=0.005)
 
 
 # -- what a process grows by ---------------------------------------------------------------------------------
 
 
-def growth(name: str) -> int:
-    """The bytes that this process grows by, at most, for a configuration."""
-    warm = replace(CPU, max_seq_length=8)
-    for method in ("qlora", "lora"):  # brings in the code of every operation
-        make_step(build(architecture(), replace(warm, method=method)), replace(warm, method=method))()
+def warm_up() -> None:
+    """Bring in the code and the buffers of every operation, but leave nothing that would be used again."""
+    for method in ("qlora", "lora"):
+        setup = replace(CPU, method=method)
+        model = build(architecture(), setup)
+        step(model, optimizer_of(model, setup), setup)
+    del model
+    gc.collect()
+    vars(quantize._scratch).clear()
+    ctypes.CDLL(None).MallocExtension_ReleaseFreeMemory()
+
+
+def in_a_process(name: str) -> tuple[dict[str, Any], Setup]:
+    """A configuration, of a small model with longer rows: some MB that a process takes are then not much."""
     changes, options = CONFIGURATIONS[name]
     setup = replace(CPU, **options)
+    length = setup.max_seq_length if changes == WIDE else min(3 * setup.max_seq_length, 1024)
+    return changes, replace(setup, max_seq_length=length)
+
+
+def growth(name: str) -> int:
+    """The bytes that this process grows by, at most, for a configuration."""
+    warm_up()
+    changes, setup = in_a_process(name)
     before = memory_in_use(torch.device("cpu"))
-    step = make_step(build(architecture(**changes), setup), setup)
+    model = build(architecture(**changes), setup)
+    optimizer = optimizer_of(model, setup)
     for _ in range(2):
-        step()
+        step(model, optimizer, setup)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
 def print_growths() -> None:
     """Print what each configuration takes, in a process of its own that begins as a copy of this one."""
-    for name in CONFIGURATIONS:
+    for name in IN_A_PROCESS:
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
@@ -375,10 +391,10 @@ def test_the_plan_is_within_15_percent_of_what_a_process_grows_by_under_tcmalloc
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     grown = dict(map(json.loads, done.stdout.splitlines()))
-    assert len(grown) == len(CONFIGURATIONS)
+    assert len(grown) == len(IN_A_PROCESS)
     wrong = {}
-    for name, (changes, options) in CONFIGURATIONS.items():
-        setup = replace(CPU, **options)
+    for name in IN_A_PROCESS:
+        changes, setup = in_a_process(name)
         planned = plan_memory(skeleton(architecture(**changes), setup), setup).total
         if planned != pytest.approx(grown[name], rel=0.15):
             wrong[name] = planned / grown[name]
@@ -388,9 +404,9 @@ def test_the_plan_is_within_15_percent_of_what_a_process_grows_by_under_tcmalloc
 # -- the plan itself -----------------------------------------------------------------------------------------
 
 
-def plan_of(**options: Any) -> Plan:
+def plan_of(arch: Architecture | None = None, **options: Any) -> Plan:
     setup = replace(CPU, **options)
-    return plan_memory(skeleton(architecture(), setup), setup)
+    return plan_memory(skeleton(arch or architecture(), setup), setup)
 
 
 def test_the_total_is_the_sum_of_the_parts_at_the_fullest_instant() -> None:
@@ -404,7 +420,7 @@ def test_the_total_is_the_sum_of_the_parts_at_the_fullest_instant() -> None:
 
 def test_short_rows_are_fullest_in_the_update_and_long_ones_before_it() -> None:
     assert plan_of(max_seq_length=2, adapter=LoRAConfig(r=256)).instant == "update"
-    assert plan_of(max_seq_length=128).instant == "loss"
+    assert plan_of(architecture(vocab_size=32000), max_seq_length=128).instant == "loss"
     assert plan_of(max_seq_length=8192).instant == "backward of the last block"
 
 

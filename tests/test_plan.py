@@ -12,6 +12,8 @@ import torch
 
 import finetune
 import plan
+from minqlora.memory import plan_memory, skeleton
+from options import parse
 
 GIB = 2**30
 ROWS = [{"prompt": f"What is {n} and {n}?", "completion": f"It is {n + n}."} for n in range(12)]
@@ -81,9 +83,13 @@ def test_a_machine_reads_the_same(say: Callable[..., str]) -> None:
     ("memory", "model"),
     [("8GB", "llama2-7b"), ("12GB", "llama2-13b"), ("24GB", "llama-33b"), ("48GB", "llama-65b")],
 )
-def test_the_recipes_fit_their_cards(say: Callable[..., str], memory: str, model: str) -> None:
-    found = json.loads(say(model, "--memory", memory, "--max_seq_length", "512", "--json"))
-    assert found["plans"]["qlora"]["fits"]
+def test_the_recipes_fit_their_cards(memory: str, model: str) -> None:
+    request = plan.read_request(
+        parse(plan.config_class(), [model, "--memory", memory, "--max_seq_length", "512"])
+    )
+    assert request.memory is not None and request.memory < plan.read_bytes("memory", memory)
+    found = plan_memory(skeleton(request.arch, request.setup), request.setup, request.memory)
+    assert found.total < request.memory
 
 
 def test_what_fits_is_said_in_words(say: Callable[..., str]) -> None:
@@ -108,18 +114,16 @@ def test_what_fits_is_said_in_words(say: Callable[..., str]) -> None:
         (["--lora_target_modules", "q_proj", "v_proj"], "gradients", 0.21),
     ],
 )
-def test_an_option_changes_its_part(
-    say: Callable[..., str], flags: list[str], part: str, factor: float
-) -> None:
+def test_an_option_changes_its_part(flags: list[str], part: str, factor: float) -> None:
     def qlora(*flags: str) -> dict[str, int]:
-        return json.loads(say("llama2-7b", "--memory", "80GB", "--json", *flags))["plans"]["qlora"]["parts"]
+        argv = ["llama2-7b", "--memory", "80GB", *flags]
+        request = plan.read_request(parse(plan.config_class(), argv))
+        return plan_memory(skeleton(request.arch, request.setup), request.setup, request.memory).parts
 
     assert qlora(*flags)[part] == pytest.approx(factor * qlora()[part], rel=0.02)
 
 
-def test_a_folder_needs_no_more_than_its_config(
-    say: Callable[..., str], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_of_a_folder_config_json_is_enough(say: Callable[..., str], tiny_model: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_model / "config.json", tmp_path)
     text = say(str(tmp_path))
     assert " parameters, computing in " in text and "What cpu of this machine has free" in text
@@ -217,7 +221,7 @@ def test_a_dry_run_reads_no_weight_and_leaves_no_run(
     before = sorted(tmp_path.rglob("*"))
     ends(0, train, model=model, dry_run="true", max_steps=7)
     out = capsys.readouterr().out
-    assert "data      12 rows" in out and "memory    about " in out
+    assert "data      12 of 12 rows used" in out and "memory    about " in out
     assert "dry run   7 steps to do; no weight was read, and no run written" in out
     assert sorted(tmp_path.rglob("*")) == before
 
