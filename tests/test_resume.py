@@ -221,7 +221,7 @@ def test_a_flag_that_changes_the_arithmetic_is_refused_by_name_and_every_other_i
     others = dict(num_train_epochs=9.0, max_steps=99, max_time=1.0, cache=Path("c"), data_cache=Path("d"))
     others |= dict(logging_steps=3, eval_steps=3, max_eval_samples=1, save_steps=3, save_total_limit=7)
     others |= dict(paged="never", page_bytes=64, on_nonfinite="skip", gradient_checkpointing=False)
-    others |= dict(resume_from_checkpoint=folder / "checkpoint-1")
+    others |= dict(resume_from_checkpoint=folder / "checkpoint-1", dry_run=True)
     together = dict(output_dir=Path("run"), early_stopping_patience=1, load_best=True)
     assert others.keys() | together.keys() == finetune.MAY_CHANGE
     for name, value in others.items():
