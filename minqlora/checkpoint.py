@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from minqlora.architecture import both_spellings, read_architecture, read_config
+from minqlora.codebook import QUANT_TYPES
 from minqlora.files import (
     PART_NAMES,
     SAVED_QUANT_TYPES,
@@ -54,6 +55,7 @@ from minqlora.files import (
 )
 from minqlora.model import CausalLM
 from minqlora.nf4 import SHARED_PARTS, Format, NF4Tensor
+from minqlora.optim import device_memory
 
 # What old exporters left in the files and no model reads.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -219,7 +221,7 @@ class _Loading:
             if self.is_to_quantize(checkpoint, name):
                 assert self.quantization is not None
                 passing = max(passing, size)
-                size = _quantized_bytes(checkpoint.shape(name), self.quantization)
+                size = sum(quantized_bytes(checkpoint.shape(name), self.quantization))
             elif not checkpoint.is_quantized(name) and name not in _EMBEDDINGS:
                 size = math.prod(checkpoint.shape(name)) * self.dtype.itemsize
             in_4_bits = checkpoint.is_quantized(name) or self.is_to_quantize(checkpoint, name)
@@ -309,12 +311,8 @@ def free_memory(device: torch.device) -> int | None:
     """Return the bytes that can still be taken on a device, None where nobody says."""
     if device.type == "cpu":
         return min(_free_host_memory(Path("/")), default=None)
-    module: Any = getattr(torch, device.type, None)
-    if not hasattr(module, "mem_get_info"):
-        return None
-    # What torch's allocator holds without using it is free to us.
-    free, _total = module.mem_get_info(device)
-    return free + module.memory_reserved(device) - module.memory_allocated(device)
+    memory = device_memory(device)
+    return None if memory is None else memory[0]
 
 
 def _free_host_memory(root: Path) -> Iterator[int]:
@@ -479,11 +477,20 @@ def quantized_config(
     }
 
 
-def _quantized_bytes(shape: tuple[int, ...], quantization: Quantization) -> int:
-    # What a weight takes in memory, codebooks aside.
-    parts = parts_of(_format_of(shape, quantization), quantization.double_quant)
-    sizes = [count * dtype.itemsize for part, (dtype, count) in parts.items() if part not in SHARED_PARTS]
-    return sum(sizes) + (4 if quantization.double_quant else 0)  # the offset
+def quantized_bytes(shape: tuple[int, ...], quantization: Quantization) -> tuple[int, int]:
+    """Return the bytes of a quantized weight's codes and of its scales; codebooks are shared, and aside."""
+    sizes = {
+        part: count * dtype.itemsize
+        for part, (dtype, count) in parts_of(
+            _format_of(shape, quantization), quantization.double_quant
+        ).items()
+        if part not in SHARED_PARTS
+    }
+    codes = sizes.pop("packed")
+    fixed = QUANT_TYPES[quantization.quant_type]
+    if fixed is not None and len(fixed) > 16:  # a byte a code, of those that are not saved either
+        codes = math.prod(shape)
+    return codes, sum(sizes.values()) + (4 if quantization.double_quant else 0)  # the offset
 
 
 def _format_of(shape: tuple[int, ...], quantization: Quantization) -> Format:

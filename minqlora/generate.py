@@ -33,7 +33,7 @@ weight for each step, which is what bounds the speed.
 Source of top-p: "The Curious Case of Neural Text Degeneration", "Nucleus Sampling"; of top-k: "Hierarchical
 Neural Story Generation"; of the penalty: "CTRL", "Sampling". Their order is that of transformers.
 
-Before: loss. Next: run.
+Before: loss. Next: memory.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence

@@ -225,17 +225,23 @@ class PagedAdamW(torch.optim.Optimizer):
     def _make_room(self, device: torch.device, params: list[Tensor]) -> None:
         if self.paged != "auto" or device in self._crowded:
             return
-        free, total = _memory(device)
+        memory = device_memory(device)
+        if memory is None:
+            return
+        free, total = memory
         width = 2 if self.bits == 8 else 8
         if free - sum(width * p.numel() for p in params if p not in self.state) < HEADROOM * total:
             self.page_out(device)
 
 
-def _memory(device: torch.device) -> tuple[float, float]:
-    # -> bytes free, those that PyTorch holds in reserve included, and in all. A host's memory is not counted.
-    module = torch.get_device_module(device)
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """Return the bytes free on an accelerator and in all, None for the host and where nobody says.
+
+    What PyTorch's allocator holds without using it is free to us.
+    """
+    module: Any = getattr(torch, device.type, None)
     if device.type == "cpu" or not hasattr(module, "mem_get_info"):
-        return float("inf"), 0.0
+        return None
     free, total = module.mem_get_info(device)
     return free + module.memory_reserved(device) - module.memory_allocated(device), total
 

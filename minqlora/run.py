@@ -21,7 +21,7 @@ and what is found afterwards either is a checkpoint or says which of its files i
 From a checkpoint a run goes on to the same bits as if it had never stopped: the order of the data is decided
 by seed and step, and every random generator's state is kept.
 
-Before: generate.
+Before: memory.
 """
 
 import base64
@@ -321,3 +321,15 @@ def peak_memory_gib(device: torch.device) -> float:
         return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes in use now, of what `peak_memory_gib` tells the peak of."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        resident = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:  # not Linux; the peak so far is the next best
+        peak = peak_memory_gib(device)
+        return 0 if math.isnan(peak) else int(peak * 2**30)
+    return resident * os.sysconf("SC_PAGE_SIZE")

@@ -41,10 +41,10 @@ from tqdm import tqdm
 
 from minqlora import PagedAdamW, add_lora, load_adapter, load_model, save_adapter
 from minqlora.adapter import WEIGHTS_FILE, adapter_tensors
-from minqlora.architecture import read_architecture
+from minqlora.architecture import read_architecture, read_config
 from minqlora.batch import Batch, Examples, Part, collate, order, pack, split, tokenize
 from minqlora.check import DataCheck, check, in_both, require_kept, show
-from minqlora.checkpoint import default_dtype, find_model, quantized_size
+from minqlora.checkpoint import Quantization, default_dtype, find_model, free_memory, quantized_size
 from minqlora.codebook import QUANT_TYPES
 from minqlora.data import FORMATS, DataReport
 from minqlora.files import SAVED_QUANT_TYPES, open_safetensors, write_atomically
@@ -57,6 +57,7 @@ from minqlora.lora import (
     parameter_groups,
 )
 from minqlora.loss import supervised_loss
+from minqlora.memory import Plan, Setup, plan_memory, skeleton, stored_dtype
 from minqlora.model import CausalLM
 from minqlora.run import (
     MetricsLog,
@@ -64,6 +65,7 @@ from minqlora.run import (
     checkpoints,
     discard_after,
     environment,
+    memory_in_use,
     newest_checkpoint,
     next_run_folder,
     peak_memory_gib,
@@ -201,6 +203,9 @@ class Config:
     )
     device: str | None = option(None, "cpu, cuda, ... (default: an accelerator if there is one)")
     seed: int = option(0, "seed of the adapters, the order of the data, and dropout")
+    dry_run: bool = option(
+        False, "say what the data are and what memory it takes, and stop: no weight is read, no run written"
+    )
 
     resume_from_checkpoint: Path | None = option(
         None,
@@ -331,6 +336,8 @@ class Run:
     step: int = 0  # finished so far
     rng: dict[str, Any] = field(default_factory=rng_state)  # of the random generators, after that step
     updating: bool = False  # within an optimizer step: what is in memory then is of no step
+    plan: Plan | None = None  # of memory
+    memory_before: int = 0  # bytes that the process held before the model
     num_tokens: int = 0
     supervised_tokens: int = 0
     skipped_steps: int = 0
@@ -371,6 +378,7 @@ MAY_CHANGE = {
     "page_bytes",
     "on_nonfinite",
     "gradient_checkpointing",
+    "dry_run",
 }
 
 
@@ -395,6 +403,11 @@ def prepare(config: Config) -> Run:
     new_tokens = prepare_tokens(config, source, tokenizer)
     train, held_out, n_held_out, data_check = prepare_data(config, tokenizer)
     require_positions(data_check, read_architecture(source).max_positions)
+    plan = prepare_memory(config, source, device, dtype, list(new_tokens))
+    if config.dry_run:
+        print(f"dry run   {count_steps(train, config):,} steps to do; no weight was read, and no run written")
+        raise SystemExit(0)
+    memory_before = memory_in_use(device)
     torch.manual_seed(config.seed)  # before the adapters are drawn
     model = prepare_model(config, source, device, dtype, new_tokens, resumed and resumed[0])
     optimizer = PagedAdamW(
@@ -426,6 +439,7 @@ def prepare(config: Config) -> Run:
         run = Run(config, model, optimizer, train, held_out, n_held_out, folder, log, total_steps, **counters)
         set_rng_state(state["rng"])
         print(f"resumed   {path}")
+    run.plan, run.memory_before = plan, memory_before
     kept = replace(config, output_dir=folder, resume_from_checkpoint=None)
     write_atomically(folder / "config.yaml", to_yaml(kept).encode())
     return run
@@ -574,6 +588,92 @@ def inspect(config: Config) -> None:
         print(show(example, tokenizer, colour=colour))
 
 
+def prepare_memory(
+    config: Config, source: Path, device: torch.device, dtype: torch.dtype, new_tokens: list[int]
+) -> Plan:
+    """Say what memory the run will take and return the plan; ValueError if there surely is not enough."""
+    free = free_memory(device)
+    plan = plan_of(config, source, device, dtype, new_tokens, free)
+    largest = f"the largest part is {plan.largest}, {gib(plan.parts[plan.largest])}"
+    print(f"memory    about {gib(plan.total)}: {largest}" + (f"; {gib(free)} are free" if free else ""))
+    if free is None or plan.total <= free:
+        return plan
+    advice = ", ".join(what_saves_memory(config, source, device, dtype))
+    if plan.least > free:  # with rows however short
+        raise ValueError(
+            f"{config.model}: training does not fit {device}: it takes {gib(plan.least)} before the first "
+            f"token, but {gib(free)} are free; try {advice}, or another device"
+        )
+    print(f"warning   that is more than what is free; if memory runs out, try {advice}", file=sys.stderr)
+    return plan
+
+
+def plan_of(
+    config: Config,
+    source: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    new_tokens: list[int],
+    free: int | None = None,
+) -> Plan:
+    """Return the memory plan of a run, for a device with so many bytes free."""
+    setup = memory_setup(config, device.type, dtype, stored_dtype(read_config(source)), new_tokens)
+    return plan_memory(skeleton(read_architecture(source), setup), setup, free)
+
+
+def memory_setup(
+    config: Config, device: str, dtype: torch.dtype, stored: torch.dtype, new_tokens: list[int] | None = None
+) -> Setup:
+    """Return what the memory plan is to know of a run. stored: the dtype of the model's files."""
+    options = config.lora_options()
+    if new_tokens:
+        options["trainable_token_indices"] = dict.fromkeys(("embed_tokens", "lm_head"), new_tokens)
+    return Setup(
+        method="qlora" if config.bits == 4 else "lora",
+        adapter=LoRAConfig(**options),
+        quantization=Quantization(config.quant_type, config.double_quant, config.block_size),
+        quantize_embeddings=config.quantize_embeddings,
+        dtype=dtype,
+        stored_dtype=stored,
+        gradient_checkpointing=config.gradient_checkpointing,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        max_seq_length=config.max_seq_length,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        moment_bits=8 if config.optim == "paged_adamw_8bit" else 32,
+        paged=config.paged,
+        page_bytes=config.page_bytes,
+        device=device,
+    )
+
+
+def what_saves_memory(config: Config, source: Path, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the three changes of the configuration that save most memory, the best one first."""
+    ways: dict[str, dict[str, Any]] = {
+        "--bits 4": {"bits": 4},
+        "--quantize_embeddings": {"quantize_embeddings": config.bits == 4},
+        "--gradient_checkpointing true": {"gradient_checkpointing": True},
+        "--optim paged_adamw_8bit": {"optim": "paged_adamw_8bit"},
+        "--paged always": {"paged": "always" if device.type != "cpu" else config.paged},
+        "a smaller --per_device_train_batch_size": {
+            "per_device_train_batch_size": max(config.per_device_train_batch_size // 2, 1)
+        },
+        "a smaller --max_seq_length": {"max_seq_length": max(config.max_seq_length // 2, 2)},
+        "a smaller --lora_r": {"lora_r": max(config.lora_r // 2, 1)},
+    }
+    needed = plan_of(config, source, device, dtype, []).total
+    saves = {
+        way: needed - plan_of(replace(config, **changes), source, device, dtype, []).total
+        for way, changes in ways.items()
+    }
+    worth_it = [way for way, saved in saves.items() if saved > needed / 100]
+    return sorted(worth_it, key=saves.__getitem__, reverse=True)[:3]
+
+
+def gib(size: float) -> str:
+    """Return bytes as text."""
+    return f"{size / 2**30:.2f} GiB"
+
+
 def prepare_model(
     config: Config,
     source: Path,
@@ -714,16 +814,36 @@ def summed_loss(model: CausalLM, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: CausalLM, examples: Part, count: int, batch_size: int) -> float:
-    """Return the mean loss per supervised token of the first `count` examples held out."""
+def evaluate(model: CausalLM, examples: Part, count: int, max_tokens: int) -> float:
+    """Return the mean loss per supervised token of the first `count` examples held out.
+
+    A batch holds `max_tokens`, or a longer example alone: those of a micro-batch, so that an evaluation takes
+    no more memory than training.
+    """
     model.eval()
     total, supervised = 0.0, 0
-    for start in tqdm(range(0, count, batch_size), desc="evaluating", leave=False, disable=None):
-        batch = collate([examples[i] for i in range(start, min(start + batch_size, count))])
-        total += summed_loss(model, batch).item()
-        supervised += batch.supervised
+    with tqdm(total=count, desc="evaluating", leave=False, disable=None) as bar:
+        for places in batches_within(examples.lengths(range(count)), max_tokens):
+            batch = collate([examples[place] for place in places])
+            total += summed_loss(model, batch).item()
+            supervised += batch.supervised
+            bar.update(len(places))
     model.train()
     return total / supervised
+
+
+def batches_within(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield places of examples in order, as many at a time as hold `max_tokens`, at least one."""
+    places: list[int] = []
+    held = 0
+    for place, length in enumerate(lengths):
+        if places and held + length > max_tokens:
+            yield places
+            places, held = [], 0
+        places.append(place)
+        held += length
+    if places:
+        yield places
 
 
 def accumulate_gradients(model: CausalLM, batches: list[Batch]) -> float:
@@ -827,6 +947,7 @@ def train(run: Run, stop: StopRequest) -> int:
     run.log.close()
     write_adapter(run, folder)
     print_sanity(run, norms)
+    print_memory(run)
     if config.load_best:
         take_best(run)
     write_atomically(folder / "completed", b"")
@@ -852,7 +973,7 @@ def log_evaluation(run: Run) -> None:
     """Evaluate, if there is anything held out; write the metrics and note whether this was the best."""
     if not run.n_held_out:
         return
-    size = run.config.per_device_train_batch_size * run.config.gradient_accumulation_steps
+    size = run.config.per_device_train_batch_size * run.config.max_seq_length
     loss = evaluate(run.model, run.held_out, run.n_held_out, size)
     run.log.write({"step": run.step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700))})
     tqdm.write(f"step {run.step}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.3f}")
@@ -985,6 +1106,17 @@ def print_sanity(run: Run, norms: dict[str, float]) -> None:
                 raise OSError(errno.EIO, f"{key} reads otherwise than it was written", str(run.folder))
 
 
+def print_memory(run: Run) -> None:
+    """Print what memory was planned and what was measured; keep both in the run's `memory.json`."""
+    plan = run.plan
+    assert plan is not None
+    measured = int(peak_memory_gib(run.model.device) * 2**30) - run.memory_before
+    print(f"memory    planned {gib(plan.total)}, measured {gib(measured)}")
+    kept = {"planned_bytes": plan.total, "measured_bytes": measured, "planned": plan.parts}
+    kept |= {"fullest_at": plan.instant, "planned_at": plan.instants, "on_host_bytes": plan.host}
+    write_atomically(run.folder / "memory.json", as_json(kept))
+
+
 # ---- the command -------------------------------------------------------------------------------------------
 
 
@@ -1041,12 +1173,13 @@ def describe_out_of_memory(run: Run, error: BaseException) -> str:
     kinds = (torch.OutOfMemoryError, MemoryError)
     if not isinstance(error, kinds) and "can't allocate memory" not in str(error):  # PyTorch's, on a CPU
         raise error
-    config = run.config
-    flags = [] if config.gradient_checkpointing else ["--gradient_checkpointing true"]
-    flags += ["a smaller --per_device_train_batch_size"] * (config.per_device_train_batch_size > 1)
-    flags += ["a smaller --max_seq_length"]
+    config, model = run.config, run.model
+    where = find_model(config.model), model.device, model.compute_dtype
+    plan = run.plan or plan_of(config, *where, [])
+    largest = f"{plan.largest}, {gib(plan.parts[plan.largest])} of about {gib(plan.total)}"
     what = next(iter(str(error).splitlines()), type(error).__name__)
-    return f"out of memory after step {run.step} ({what}); try {', '.join(flags)}"
+    advice = ", ".join(what_saves_memory(config, *where))
+    return f"out of memory after step {run.step} ({what}); the largest part is {largest}; try {advice}"
 
 
 if __name__ == "__main__":

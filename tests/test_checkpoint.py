@@ -948,7 +948,9 @@ def test_a_model_that_does_not_fit_is_refused_with_the_plan_before_it_is_read(fo
         load_model(folder, quant_type=None)
 
 
-@pytest.mark.parametrize("options", [{}, {"quantize_embeddings": True}, {"quant_type": None}])
+@pytest.mark.parametrize(
+    "options", [{}, {"quantize_embeddings": True}, {"quant_type": None}, {"quant_type": "nf5"}]
+)
 def test_the_plan_is_what_is_then_held(folder: Path, monkeypatch, options: dict[str, Any]) -> None:
     model = load_model(folder, dtype=torch.float32, **options)
     held = sum(parameter.nbytes for parameter in model.parameters())

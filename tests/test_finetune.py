@@ -138,6 +138,7 @@ def test_the_loss_falls_on_rows_of_every_format(
         "config.yaml",
         "data_check.json",
         "environment.json",
+        "memory.json",
         "metrics.jsonl",
     ]
     out = capsys.readouterr().out

@@ -346,7 +346,7 @@ def test_narrow_moments_resume_bitwise():
 @pytest.mark.parametrize("bits", [32, 8])
 def test_auto_moves_moments_out_when_memory_runs_short_and_changes_no_bit(bits: int, monkeypatch):
     free = [1000.0]
-    monkeypatch.setattr(optim, "_memory", lambda device: (free[0], 1000.0))
+    monkeypatch.setattr(optim, "device_memory", lambda device: (free[0], 1000.0))
     mine, other = nn.Parameter(randn(64, 80)), nn.Parameter(randn(64, 80))
     ours, never = PagedAdamW([mine], bits=bits), PagedAdamW([other], bits=bits, paged="never")
     free[0] = 1e6
@@ -365,7 +365,7 @@ def test_auto_moves_moments_out_when_memory_runs_short_and_changes_no_bit(bits: 
 
 
 def test_auto_begins_on_the_host_where_the_moments_would_not_fit(monkeypatch):
-    monkeypatch.setattr(optim, "_memory", lambda device: (8 * 5120 + 60.0, 1000.0))
+    monkeypatch.setattr(optim, "device_memory", lambda device: (8 * 5120 + 60.0, 1000.0))
     param = nn.Parameter(randn(64, 80))
     optimizer = PagedAdamW([param])
     train_wide(optimizer, param, range(1))

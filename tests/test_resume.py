@@ -223,7 +223,9 @@ def test_a_flag_that_changes_the_arithmetic_is_refused_by_name_and_every_other_i
     others = dict(num_train_epochs=9.0, max_steps=99, max_time=1.0, cache=Path("c"), data_cache=Path("d"))
     others |= dict(logging_steps=3, eval_steps=3, max_eval_samples=1, save_steps=3, save_total_limit=7)
     others |= dict(paged="never", page_bytes=64, on_nonfinite="skip", gradient_checkpointing=False)
-    others |= dict(resume_from_checkpoint=folder / "checkpoint-1", allow_dropped=True, inspect=1)
+    others |= dict(
+        resume_from_checkpoint=folder / "checkpoint-1", allow_dropped=True, inspect=1, dry_run=True
+    )
     together = dict(output_dir=Path("run"), early_stopping_patience=1, load_best=True)
     assert others.keys() | together.keys() == finetune.MAY_CHANGE
     for name, value in others.items():
@@ -557,7 +559,9 @@ def test_without_memory_the_last_finished_step_is_saved_and_what_to_change_is_sa
         fails(run, "run", **flags, gradient_checkpointing="false")
     line = shown(capsys.readouterr().err).strip().splitlines()[-1]
     assert line.startswith("error: out of memory after step 2 (")
-    assert "try --gradient_checkpointing true, a smaller --per_device_train_batch_size, a smaller" in line
+    assert "; the largest part is activations, 0.0" in line
+    advice = line.partition("; try ")[2].partition("; ")[0].split(", ")
+    assert len(advice) == 3 and {"--gradient_checkpointing true", "a smaller --max_seq_length"} < set(advice)
     assert "checkpoint-2 is whole; to go on from there: " in line
     run("run", **flags, gradient_checkpointing="true", resume_from_checkpoint="latest")
     assert_same(Path("run"), Path("undisturbed"))
