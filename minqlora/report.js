@@ -5,7 +5,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
   const { last, lines } = JSON.parse(figure.dataset.chart);
   const plot = figure.querySelector(".plot");
   const caption = figure.querySelector("figcaption b").textContent;
-  const names = [...figure.querySelectorAll(".legend span")].map((span) => span.textContent);
+  const names = [...figure.querySelectorAll(".legend li")].map((item) => item.querySelector("span")?.textContent ?? "");
   const outputs = [...figure.querySelectorAll(".legend output")];
   const atRest = outputs.map((output) => output.textContent);
   const dots = figure.querySelectorAll(".at");
@@ -31,6 +31,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     const step = steps[place];
     cursor.setAttribute("d", `M${(1000 * step) / last} 0V1000`);
     axis.textContent = `step ${step.toLocaleString("en")}`;
+    axis.classList.add("moved");
     lines.forEach((line, i) => {
       const at = upTo(line.x, step);
       // An evaluation that was not at this step says at which it was.
@@ -40,7 +41,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
       dots[i].setAttribute("d", drawn ? `M${(1000 * line.x[at]) / last} ${line.y[at]}h0` : "");
     });
     plot.setAttribute("aria-valuenow", step);
-    const values = names.map((name, i) => `${name} ${outputs[i].textContent}`);
+    const values = names.map((name, i) => `${name} ${outputs[i].textContent}`.trim());
     plot.setAttribute("aria-valuetext", [axis.textContent, ...values].join(", "));
   }
 
@@ -49,6 +50,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     dots.forEach((dot) => dot.setAttribute("d", ""));
     outputs.forEach((output, i) => (output.textContent = atRest[i]));
     axis.textContent = axisAtRest;
+    axis.classList.remove("moved");
   }
 
   function point(event) {

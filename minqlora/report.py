@@ -209,7 +209,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
         if not line.endswith(b"\n"):
             break
         row = _parsed(f"{path}: line {number}", line)
-        if type(row.get("step")) is not int:
+        if type(row.get("step")) is not int or row["step"] < 0:
             raise ValueError(f"{path}: line {number}: expected a row with its step, got {_start(line)}")
         rows.append(row)
     return rows
@@ -233,7 +233,7 @@ def _parsed(where: str, content: bytes) -> dict[str, Any]:
 
 
 def _is_no_number(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    return isinstance(value, int | float) and not abs(value) < 1e300
 
 
 def _start(content: bytes) -> str:
@@ -268,7 +268,10 @@ def thinned(points: Points) -> Points:
 
 
 class Line(NamedTuple):
-    """What is drawn of one quantity: a line, a faint one behind another, or dots with a line."""
+    """What is drawn of one quantity: a line, a faint one behind another, or dots with a line.
+
+    The only line of a chart needs no name.
+    """
 
     name: str
     points: Points
@@ -317,7 +320,6 @@ def chart(
     values = [value for line in lines for _, value in line.points if value is not None]
     if not values:
         return None
-    steps = _ticks(0, max(1, *(step for line in lines for step, _ in line.points)), least=1)
     last = max(1, *(step for line in lines for step, _ in line.points))
     marks = _ticks(min(0, *values) if from_zero else min(values), max(values))
     low, high = marks[0], marks[-1]
@@ -338,7 +340,7 @@ def chart(
         unit,
         wide,
         drawn,
-        [Tick(100 * step / last, f"{step:,.0f}") for step in steps if step <= last],
+        [Tick(100 * step / last, f"{step:,.0f}") for step in _ticks(0, last, 3, whole=True) if step <= last],
         [Tick(100 * (high - mark) / (high - low), _mark(mark, marks[1] - marks[0])) for mark in marks],
         {"last": last, "lines": data},
     )
@@ -355,37 +357,43 @@ def _path(places: Sequence[tuple[float, float | None]]) -> str:
     return "".join(parts)
 
 
-def _ticks(low: float, high: float, least: float = 0) -> list[float]:
-    # Round numbers, some 4 of them, from at or below `low` to at or above `high`.
-    if low == high:
-        low, high = (low, high + 1) if not low else (low - abs(low) / 10, high + abs(high) / 10)
-    rough = max((high - low) / 4, least)
+def _ticks(low: float, high: float, parts: int = 5, whole: bool = False) -> list[float]:
+    # Round numbers, whole ones if asked, from at or below `low` to at or above `high`, with at most so many
+    # parts of their range between these two.
+    size = max(abs(low), abs(high))
+    if size < 1e-200:
+        low, high = 0.0, 1.0
+    elif high - low <= 1e-9 * size:
+        low, high = low - size / 10, high + size / 10
+    rough = max((high - low) / parts, float(whole))
     power = 10.0 ** math.floor(math.log10(rough))
-    apart = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= 0.999 * rough and n * power >= least)
-    if least and apart % least:
-        apart = math.ceil(apart)
+    steps = [n * power for n in (1, 2, 2.5, 5, 10) if not whole or n * power % 1 == 0]
+    apart = next(step for step in steps if step >= 0.999 * rough)
     first, last = math.floor(low / apart + 1e-9), math.ceil(high / apart - 1e-9)
     return [apart * i for i in range(first, last + 1)]
 
 
 def _mark(value: float, apart: float) -> str:
     # All marks of an axis with the same decimals, as many as tell them apart.
-    exponent = math.floor(math.log10(apart))
+    if abs(value) < apart / 2:
+        return "0"
     if not 1e-4 <= apart < 1e7:
-        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("e+0", "e") if value else "0"
+        return f"{value:.2g}".replace("e-0", "e-").replace("e+0", "e")
+    exponent = math.floor(math.log10(apart))
     decimals = max(0, -exponent + (round(apart / 10**exponent, 6) % 1 != 0))
     return f"{value:,.{decimals}f}"
 
 
 def number(value: Any) -> str:
-    """Return a number as a person writes it, with 4 digits that count; other values as their text."""
+    """Return a number as a person writes it, in 4 digits that count; other values as their text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "–" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
     if value == round(value) or abs(value) >= 1000:
         return f"{value:,.0f}" if abs(value) < 1e12 else f"{value:.3e}"
     if abs(value) < 1e-3:
         return f"{value:.3g}".replace("e-0", "e-")
-    return f"{value:.4g}"
+    # From 1 on with its zeros, so that a value does not change its width under the pointer.
+    return f"{value:#.4g}".rstrip(".") if abs(value) >= 1 else f"{value:.4g}"
 
 
 # ---- the page ----------------------------------------------------------------------------------------------
@@ -466,6 +474,7 @@ def page(
 
 def run_page(run: RunRecord) -> str:
     """Return the page of one run."""
+    given = {name: value for name, value in run.config.items() if value is not None}
     return page(
         run.name,
         f"{_what_was_trained(run)} {_how_far(run)}",
@@ -475,7 +484,7 @@ def run_page(run: RunRecord) -> str:
             Section("Curves", charts=_curves(run)),
             Section("Answers before and after", samples=_samples(run)),
             _memory(run),
-            Section("The data", table=_table(run.data_check)),
+            Section("The data", table=_table(_in_words(run.data_check))),
             _sanity(run),
             Section("What next", commands=_commands(run)),
             Section(
@@ -483,7 +492,7 @@ def run_page(run: RunRecord) -> str:
                 folded=[
                     (name, table)
                     for name, table in [
-                        ("Configuration", _table(run.config)),
+                        ("Configuration, by the names of its options", _table(given)),
                         ("Environment and versions", _table(_flat(run.environment))),
                     ]
                     if table
@@ -569,7 +578,8 @@ def _warnings(run: RunRecord) -> list[str]:
     found = []
     bad = [step for step, value in run.values("loss") if value is None]
     if bad:
-        found.append(f"The loss was not a number at step {_listed([f'{step:,}' for step in bad])}.")
+        steps = _listed([f"{step:,}" for step in bad])
+        found.append(f"The loss was not a number at step{'s' * (len(bad) > 1)} {steps}.")
     if run.sanity.get("idle_adapters"):
         found.append(f"{number(run.sanity['idle_adapters'])} adapters still do nothing.")
     if run.sanity.get("skipped_steps"):
@@ -578,15 +588,16 @@ def _warnings(run: RunRecord) -> list[str]:
 
 
 def _curves(run: RunRecord) -> list[Chart]:
-    loss = run.values("loss")
-    lines = [
-        Line("each step", loss, 0, "faint"),
-        Line("smoothed", smoothed(loss), 0),
-        Line("held out", run.values("eval_loss"), 1, "dots"),
-    ]
-    charts = [chart("Loss", "nats a supervised token", lines, from_zero=False, wide=True)]
-    for title, unit, key in QUANTITIES:
-        charts.append(chart(title, unit, [Line(title.lower(), run.values(key))]))
+    def lines(key: str) -> list[Line]:
+        """Return one line, or if it is noisy a faint one with a mean over it."""
+        points = run.values(key)
+        if key not in NOISY:
+            return [Line("", points)]
+        return [Line("each step", points, 0, "faint"), Line("smoothed", smoothed(points))]
+
+    losses = [*lines("loss"), Line("held out", run.values("eval_loss"), 1, "dots")]
+    charts = [chart("Loss", "nats a supervised token", losses, from_zero=False, wide=True)]
+    charts += [chart(title, unit, lines(key)) for title, unit, key in QUANTITIES]
     return [one for one in charts if one is not None]
 
 
@@ -597,6 +608,7 @@ QUANTITIES = (
     ("Throughput", "tokens a second", "tokens_per_second"),
     ("Peak memory", "GiB so far", "peak_memory_gib"),
 )
+NOISY = {"loss", "grad_norm", "tokens_per_second"}
 
 
 def _samples(run: RunRecord) -> list[Sample]:
@@ -612,10 +624,10 @@ def _memory(run: RunRecord) -> Section:
     planned, measured = run.memory.get("planned_bytes"), run.memory.get("measured_bytes")
     note = ""
     if planned and measured:
-        off = f"{planned / measured - 1:+.0%}".replace("-", "−")
-        note = f"Planned {_gib(planned)}, measured {_gib(measured)}: the plan is {off} off."
+        off = f"{abs(planned / measured - 1):.0%} too {'high' if planned > measured else 'low'}"
+        note = f"Planned {_gib(planned)}, measured {_gib(measured)}: the plan was {off}."
     parts = {name: size for name, size in (run.memory.get("planned") or {}).items() if size}
-    return Section("Memory, planned and measured", note, bars=_bars(parts, _gib))
+    return Section("Memory, planned and measured", note, bars=_bars(_in_words(parts), _gib))
 
 
 def _gib(size: float) -> str:
@@ -625,7 +637,7 @@ def _gib(size: float) -> str:
 def _bars(sizes: dict[str, float], text: Any) -> list[Bar]:
     largest = max(sizes.values(), default=0) or 1
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
-    return [Bar(_words(name), 100 * size / largest, text(size)) for name, size in ordered]
+    return [Bar(name, 100 * size / largest, text(size)) for name, size in ordered]
 
 
 def _sanity(run: RunRecord) -> Section:
@@ -644,12 +656,12 @@ def _sanity(run: RunRecord) -> Section:
 
 
 def _table(values: dict[str, Any]) -> Table | None:
-    rows = [[_words(str(name)), _value(value)] for name, value in values.items()]
+    rows = [[str(name), _value(value)] for name, value in values.items()]
     return Table(rows) if rows else None
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
+def _in_words(values: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("_", " "): value for name, value in values.items()}
 
 
 def _value(value: Any) -> str:
@@ -689,16 +701,17 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
     own_names = len({run.name for run in runs}) == len(runs)
     names = [run.name if own_names else str(run.folder) for run in runs]
     head = ["", *names]
-    kinds = [("Training loss", "smoothed, nats a supervised token", "loss")]
+    kinds = [("Training loss", "nats a supervised token", "loss")]
     kinds += [("Held-out loss", "nats a supervised token", "eval_loss"), *QUANTITIES]
     charts = []
     for title, unit, key in kinds:
         style: Literal["line", "dots"] = "dots" if key == "eval_loss" else "line"
         lines = [
-            Line(name, smoothed(run.values(key)) if key == "loss" else run.values(key), color, style)
+            Line(name, smoothed(run.values(key)) if key in NOISY else run.values(key), color, style)
             for color, (name, run) in enumerate(zip(names, runs, strict=True))
         ]
         is_loss = key.endswith("loss")
+        unit += ", smoothed" * (key in NOISY)
         charts.append(chart(title, unit, lines, from_zero=not is_loss, wide=is_loss))
     differences = _differing([run.config for run in runs], leave_out={"output_dir"})
     surroundings = _differing([_flat(run.environment) for run in runs])
@@ -737,7 +750,7 @@ def _outcomes(runs: Sequence[RunRecord]) -> list[list[str]]:
 
 def _differing(records: Sequence[dict[str, Any]], leave_out: set[str] = frozenset()) -> list[list[str]]:  # type: ignore
     names = dict.fromkeys(name for record in records for name in record if name not in leave_out)
-    rows = [[_words(name), *(_value(record.get(name)) for record in records)] for name in names]
+    rows = [[name, *(_value(record.get(name)) for record in records)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 

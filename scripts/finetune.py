@@ -266,9 +266,9 @@ class Config:
             raise ValueError("--load_best needs --eval_steps, and --save_steps equal to it")
         if self.sample_prompts is not None and not self.sample_steps:
             raise ValueError("--sample_prompts needs --sample_steps, which says how often to answer them")
-        if self.sample_prompts is not None and not all(self.sample_prompts or [""]):
-            raise ValueError("--sample_prompts needs at least one prompt, and none of them empty")
-        if "none" in self.report_to and len(self.report_to) > 1 or not self.report_to:
+        if not all(self.sample_prompts or ["none given"]):
+            raise ValueError("--sample_prompts: expected a text, got an empty one")
+        if "none" in self.report_to and len(self.report_to) > 1:
             raise ValueError(f"--report_to {' '.join(self.report_to)}: give none alone, or who is to get it")
 
     def lora_options(self) -> dict[str, Any]:

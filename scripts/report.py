@@ -29,8 +29,6 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be compared."""
-        if not self.runs:
-            raise ValueError("--runs needs at least one folder")
         if len({run.resolve() for run in self.runs}) < len(self.runs):
             raise ValueError(f"the same run is named twice among {', '.join(map(str, self.runs))}")
 
