@@ -31,7 +31,7 @@ import json
 import math
 import shlex
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,8 +40,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from minqlora.batch import Part
-from minqlora.data import IGNORE, encode_prompt
+from minqlora.data import IGNORE, Example, encode_prompt
 from minqlora.files import write_atomically
 from minqlora.generate import generate_batch
 from minqlora.model import CausalLM
@@ -81,8 +80,10 @@ def prompts_of(texts: Sequence[str], tokenizer: Tokenizer) -> list[Prompt]:
     return [Prompt(text, encode_prompt([{"role": "user", "content": text}], tokenizer)) for text in texts]
 
 
-def prompts_in(examples: Part, count: int, tokenizer: Tokenizer) -> list[Prompt]:
-    """Return what stands before the first answer of the first `count` examples."""
+def prompts_in(examples: Sequence[Example], count: int, tokenizer: Tokenizer) -> list[Prompt]:
+    """Return what stands before the first answer of the first `count` examples; of an example that is learned
+    from its beginning, the beginning.
+    """
     before, after = "", ""
     if tokenizer.chat_template is not None:
         mark = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -91,12 +92,12 @@ def prompts_in(examples: Part, count: int, tokenizer: Tokenizer) -> list[Prompt]
     prompts = []
     for place in range(min(count, len(examples))):
         ids, labels = examples[place]
-        given = ids[: next(i for i, label in enumerate(labels) if label != IGNORE)]
+        first = next(i for i, label in enumerate(labels) if label != IGNORE)
+        given = ids[: first if first > 1 else 16]
         text = tokenizer.decode(given, skip_special_tokens=False)
         if text.startswith(before) and text.endswith(after):  # what the template writes around is no news
             text = text[len(before) : len(text) - len(after)]
-        if given:
-            prompts.append(Prompt(text, given))
+        prompts.append(Prompt(text, given))
     return prompts
 
 
@@ -260,10 +261,10 @@ def thinned(points: Points) -> Points:
     kept = {0, len(points) - 1}
     for bucket in range(POINTS):
         places = range(bucket * len(points) // POINTS, (bucket + 1) * len(points) // POINTS)
-        there = [place for place in places if points[place][1] is not None]
+        there = {place: value for place in places if (value := points[place][1]) is not None}
         if there:
-            kept |= {min(there, key=lambda i: points[i][1]), max(there, key=lambda i: points[i][1])}  # type: ignore
-        kept |= set([place for place in places if points[place][1] is None][:1])
+            kept |= {min(there, key=there.__getitem__), max(there, key=there.__getitem__)}
+        kept |= set([place for place in places if place not in there][:1])
     return [points[place] for place in sorted(kept)]
 
 
@@ -411,7 +412,7 @@ class Table(NamedTuple):
     """Rows of texts, the first of each its name; a head, if it has one."""
 
     rows: list[list[str]]
-    head: list[str] = []  # noqa: RUF012 (never changed)
+    head: Sequence[str] = ()
 
 
 class Bar(NamedTuple):
@@ -634,7 +635,7 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def _bars(sizes: dict[str, float], text: Any) -> list[Bar]:
+def _bars(sizes: dict[str, float], text: Callable[[float], str]) -> list[Bar]:
     largest = max(sizes.values(), default=0) or 1
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     return [Bar(name, 100 * size / largest, text(size)) for name, size in ordered]
@@ -713,7 +714,7 @@ def comparison_page(runs: Sequence[RunRecord]) -> str:
         is_loss = key.endswith("loss")
         unit += ", smoothed" * (key in NOISY)
         charts.append(chart(title, unit, lines, from_zero=not is_loss, wide=is_loss))
-    differences = _differing([run.config for run in runs], leave_out={"output_dir"})
+    differences = _differing([run.config for run in runs], leave_out=["output_dir"])
     surroundings = _differing([_flat(run.environment) for run in runs])
     return page(
         f"{len(runs)} runs compared",
@@ -748,7 +749,7 @@ def _outcomes(runs: Sequence[RunRecord]) -> list[list[str]]:
     return [[name, *(column[name] for column in columns)] for name in columns[0]]
 
 
-def _differing(records: Sequence[dict[str, Any]], leave_out: set[str] = frozenset()) -> list[list[str]]:  # type: ignore
+def _differing(records: Sequence[dict[str, Any]], leave_out: Collection[str] = ()) -> list[list[str]]:
     names = dict.fromkeys(name for record in records for name in record if name not in leave_out)
     rows = [[name, *(_value(record.get(name)) for record in records)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]
@@ -786,7 +787,7 @@ def loss_png(training: Points, held_out: Points) -> bytes:
     axes.plot(*columns(training), color="#2563a8", alpha=0.3, linewidth=1, label="training, each step")
     axes.plot(*columns(smoothed(training)), color="#2563a8", label="training, smoothed")
     if held_out:
-        axes.plot(*columns(held_out), "o-", color="#b0500f", markersize=4, label="held out")
+        axes.plot(*columns(held_out), "o:", color="#b0500f", markersize=4, label="held out")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss, nats a supervised token")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -7,7 +7,9 @@
       samples.jsonl            what the model answered to the same prompts as it went, if that was asked for
       checkpoint-40/           the run after step 40: the adapter, the optimizer's moments, state.json
       adapter_model.safetensors, adapter_config.json      the result
-      completed                written last: its presence says the run came to its end
+      sanity.json              whether the adapter does something, seen at the end
+      completed                its presence says the run came to its end
+      report.html, loss.png    all of this to look at
 
 A folder belongs to one run. Nothing is ever written over another run's results: a folder that holds anything
 is refused, unless the run goes on from one of its checkpoints.

@@ -28,7 +28,7 @@ import finetune
 import minqlora.report
 import minqlora.run
 import report
-from minqlora.data import encode_prompt
+from minqlora.data import Example, encode_prompt
 from minqlora.report import (
     POINTS,
     Line,
@@ -642,6 +642,9 @@ def test_prompts_of_examples_are_shown_without_what_the_template_writes(
     examples, _ = examples_in(rows, tiny_model)
     (prompt,) = prompts_in(examples, 1, tokenizer)
     assert prompt.text.startswith("<|im_start|>system\nCount.")
+    ids = tokenizer.encode("A text that is learned from its beginning has no prompt.")
+    (prompt,) = prompts_in([Example(ids, ids)], 1, tokenizer)
+    assert prompt.input_ids == ids[:16] and prompt.text == tokenizer.decode(ids[:16])
 
 
 @pytest.mark.parametrize(
