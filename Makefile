@@ -67,5 +67,5 @@ assets: .venv/.test
 
 .venv/.test: .venv/.demo
 	@echo "Installing pytest, ruff, mypy, transformers, peft, bitsandbytes, torchao into .venv (once, a few minutes) ..."
-	@$(install) '.[demo,plots,parquet,dev,parity]'
+	@$(install) '.[demo,plots,parquet,tensorboard,browser,dev,parity]'
 	@touch $@

@@ -11,7 +11,7 @@ and a chapter imports only those above it, so the package reads from top to bott
     Part I, the method                 Part II, a transformer around it     Part III, a run
      1 codebook    the 16 levels        8 architecture  config.json          20 memory  what it will need
      2 reference   all of it, in NumPy  9 model         the network          21 run     the folder of a run
-     3 quantize    blocks and scales   10 files         tensors in and out
+     3 quantize    blocks and scales   10 files         tensors in and out   22 report  what it looked like
      4 matmul      decode and multiply 11 checkpoint    files to a model
      5 nf4         NF4Tensor           12 adapter       PEFT folders
      6 lora        the adapters        13 template      conversations to text

@@ -4,9 +4,12 @@
       config.yaml              the configuration as it was run
       environment.json         versions, device, dtype
       metrics.jsonl            one line a logged step or evaluation
+      samples.jsonl            what the model answered to the same prompts as it went, if that was asked for
       checkpoint-40/           the run after step 40: the adapter, the optimizer's moments, state.json
       adapter_model.safetensors, adapter_config.json      the result
-      completed                written last: its presence says the run came to its end
+      sanity.json              whether the adapter does something, seen at the end
+      completed                its presence says the run came to its end
+      report.html, loss.png    all of this to look at
 
 A folder belongs to one run. Nothing is ever written over another run's results: a folder that holds anything
 is refused, unless the run goes on from one of its checkpoints.
@@ -21,11 +24,12 @@ and what is found afterwards either is a checkpoint or says which of its files i
 From a checkpoint a run goes on to the same bits as if it had never stopped: the order of the data is decided
 by seed and step, and every random generator's state is kept.
 
-Before: memory.
+Before: memory. Next: report.
 """
 
 import base64
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -34,7 +38,7 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -65,14 +69,16 @@ def next_run_folder(parent: Path, name: str) -> Path:
 
 
 class MetricsLog:
-    """`metrics.jsonl`: append one JSON object a line, in the file as soon as it is written.
+    """`metrics.jsonl`, or a log of another name: append one JSON object a line, in the file as soon as it is
+    written.
 
     The file must be new, so that of two runs started at once only one gets a folder. resumed_from: the step
     that a run goes on from; rows of later steps, which will be written again, are taken out first.
     """
 
-    def __init__(self, folder: Path, resumed_from: int | None = None):
-        path = folder / "metrics.jsonl"
+    def __init__(self, folder: Path, resumed_from: int | None = None, name: str = "metrics.jsonl"):
+        path = folder / name
+        self.trackers: list[Tracker] = []  # others who get each row
         if resumed_from is not None and path.exists():
             write_atomically(path, b"".join(_rows_until(path, resumed_from)))
         mode = "x" if resumed_from is None else "a"
@@ -82,10 +88,19 @@ class MetricsLog:
         """Append a row; numbers that JSON cannot hold (NaN, infinity) are written as null."""
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
+        for tracker in list(self.trackers):
+            try:
+                tracker.write(row)
+            except Exception as error:  # theirs, of any kind: the run is worth more than its picture
+                print(f"warning   {type(tracker).__name__}: {error}; going on without it", file=sys.stderr)
+                self.trackers.remove(tracker)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and let the trackers finish."""
         self._file.close()
+        for tracker in self.trackers:
+            tracker.close()
+        self.trackers = []
 
 
 def _rows_until(path: Path, step: int) -> Iterator[bytes]:
@@ -97,6 +112,79 @@ def _rows_until(path: Path, step: int) -> Iterator[bytes]:
             return
         if line.endswith(b"\n") and row.get("step", 0) <= step:
             yield line
+
+
+# ---- others who show metrics -------------------------------------------------------------------------------
+
+
+class TensorBoard:
+    """The rows of metrics as TensorBoard's scalars, in the folder `tensorboard` of a run."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], resumed_from: int | None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an earlier session wrote of later steps is hidden: they will come again.
+        purged = None if resumed_from is None else resumed_from + 1
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purged, flush_secs=10)
+        self._writer.add_text("config", "\n".join(f"    {name}: {value}" for name, value in config.items()))
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write the numbers of a row under their own names."""
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Write what is still held back."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """The rows of metrics as a run of Weights & Biases, in the folder `wandb` of a run.
+
+    Offline, unless the environment variable WANDB_MODE says otherwise: `wandb sync` uploads it later. A run
+    that goes on keeps its id.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], resumed_from: int | None):
+        mode: Any = os.environ.get("WANDB_MODE", "offline")
+        if mode == "offline":
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it would speak to a server of its own
+        import wandb
+
+        earlier = sorted((folder / "wandb").glob("*run-*-*")) if resumed_from is not None else []
+        self._run = wandb.init(
+            project="minqlora",
+            name=folder.resolve().name,
+            dir=str(folder),
+            config={name: str(value) if isinstance(value, Path) else value for name, value in config.items()},
+            id=earlier[-1].name.rpartition("-")[2] if earlier else None,
+            resume="allow" if earlier else None,
+            mode=mode,
+            settings=wandb.Settings(console="off", quiet=True),
+        )
+        # By our own count of steps: those that are done again after a kill would be refused by wandb's.
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Log a row."""
+        self._run.log(dict(row))
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+Tracker = TensorBoard | WeightsAndBiases
+# By the name of the package that each needs.
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def require_packages(names: Sequence[str]) -> None:
+    """Raise ValueError unless these packages are installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--report_to {name}: the package is not installed; pip install '.[{name}]'")
 
 
 # ---- checkpoints -------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@
     python scripts/bench.py train --cases random --rounds 1          # a quick look
     python scripts/bench.py train --cases growth curve
 
-QLoRA steps with adapters of rank 16 on every linear layer, in float32: four examples of GSM8K a step, with and
-without checkpointing, and a row of random tokens that are all supervised. Ours, ours unquantized, and
+QLoRA steps with adapters of rank 16 on every linear layer, in float32: four examples of GSM8K a step, with
+and without checkpointing, and a row of random tokens that are all supervised. Ours, ours unquantized, and
 transformers + PEFT + bitsandbytes train on the same tokens from the same adapter. Ours lays examples end to
 end, the peer pads them to the longest, as its collator does; tokens that are padding count for nobody. They
 take turns, each time in a process of its own, because peak memory is a process's and a shared machine drifts:
@@ -109,7 +109,7 @@ class Config:
     device: str = option("cpu", "cpu, cuda, ...")
     data: Path | None = option(
         None,
-        "question and answer rows, JSONL (default: gsm8k_train.jsonl in the folder MINQLORA_DATA, else docstrings)",
+        "questions and answers (default: gsm8k_train.jsonl in the folder MINQLORA_DATA, else docstrings)",
     )
     output: Path | None = option(None, "write the JSON here as well")
     contender: Literal["all", "minqlora", "minqlora-16bit", "peer"] = option(

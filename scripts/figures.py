@@ -26,6 +26,7 @@ from torch import Tensor
 from minqlora import NF4Tensor, codebook, quantize
 from minqlora.codebook import NF4_LEVELS, normal_float
 from minqlora.nf4 import SHARED_PARTS
+from minqlora.report import loss_png
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
@@ -508,21 +509,12 @@ def coded_in_blocks(name: str, weight: Tensor, is_outlier: Tensor, quant_type: s
 
 
 def draw_demo_loss(path: Path) -> None:
-    """Draw the committed demo run: training loss of each step, and held-out loss before and after."""
+    """Draw the committed demo run as finetune.py draws every run."""
     lines = (ROOT / "docs" / "results" / "demo_metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-    figure, axes = plt.subplots(figsize=(8, 3.2))
-    axes.plot(*zip(*training, strict=True), color=GREY, linewidth=1, label="training, each step")
-    axes.plot(*zip(*held_out, strict=True), "o--", color=BLUE, label="held-out modules")
-    for step, loss in held_out:
-        axes.annotate(f"{loss:.2f}", (step, loss), (-8, -18), textcoords="offset points", color=BLUE)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss, nats a token")
-    axes.set_ylim(0, 5.2)
-    axes.legend(frameon=False)
-    save(figure, path)
+    path.write_bytes(loss_png(training, held_out))
 
 
 if __name__ == "__main__":

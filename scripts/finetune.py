@@ -28,7 +28,9 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -59,7 +61,9 @@ from minqlora.lora import (
 from minqlora.loss import supervised_loss
 from minqlora.memory import Plan, Setup, plan_memory, skeleton, stored_dtype
 from minqlora.model import CausalLM
+from minqlora.report import RunningMean, Samples, prompts_in, prompts_of, write_report
 from minqlora.run import (
+    TRACKERS,
     MetricsLog,
     StopRequest,
     checkpoints,
@@ -71,6 +75,7 @@ from minqlora.run import (
     peak_memory_gib,
     prune_checkpoints,
     read_checkpoint,
+    require_packages,
     require_unused,
     rng_state,
     save_checkpoint,
@@ -224,6 +229,18 @@ class Config:
     eval_steps: int | None = option(
         None, "evaluate every so many steps (default: before the first and after the last)"
     )
+    sample_steps: int | None = option(
+        None, "let the model answer some prompts every so many steps, before the first and after the last too"
+    )
+    sample_prompts: list[str] | None = option(
+        None, "those prompts (default: of the first two examples held out, else of the training data)"
+    )
+    sample_tokens: int = option(48, "longest such answer in tokens")
+    report_to: list[str] = option(
+        ["none"],
+        "who else gets the metrics; wandb stays offline unless WANDB_MODE says otherwise",
+        choices=["none", *TRACKERS],
+    )
 
     def __post_init__(self) -> None:
         """Refuse values that cannot mean anything."""
@@ -231,7 +248,8 @@ class Config:
             0: "val_size lora_alpha lora_dropout num_train_epochs learning_rate warmup_steps max_grad_norm"
             " weight_decay seed max_time inspect",
             1: "lora_r max_eval_samples max_steps per_device_train_batch_size gradient_accumulation_steps"
-            " logging_steps eval_steps save_steps save_total_limit early_stopping_patience",
+            " logging_steps eval_steps save_steps save_total_limit early_stopping_patience"
+            " sample_steps sample_tokens",
             4: "page_bytes",
             2: "max_seq_length block_size",
         }
@@ -270,6 +288,12 @@ class Config:
             raise ValueError(f"--{name} needs something held out: --eval_dataset or --val_size")
         if self.load_best and (not self.eval_steps or self.save_steps != self.eval_steps):
             raise ValueError("--load_best needs --eval_steps, and --save_steps equal to it")
+        if self.sample_prompts is not None and not self.sample_steps:
+            raise ValueError("--sample_prompts needs --sample_steps, which says how often to answer them")
+        if not all(self.sample_prompts or ["none given"]):
+            raise ValueError("--sample_prompts: expected a text, got an empty one")
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(f"--report_to {' '.join(self.report_to)}: give none alone, or who is to get it")
 
     def lora_options(self) -> dict[str, Any]:
         """Return what `add_lora` is to be told."""
@@ -341,6 +365,8 @@ class Run:
     num_tokens: int = 0
     supervised_tokens: int = 0
     skipped_steps: int = 0
+    samples: Samples | None = None  # where answers to fixed prompts go, if they are asked for
+    smoothed_loss: RunningMean = field(default_factory=RunningMean)
     best_loss: float | None = None  # of the evaluations so far
     best_step: int | None = None
     evaluations_since_best: int = 0
@@ -374,6 +400,10 @@ MAY_CHANGE = {
     "save_total_limit",
     "early_stopping_patience",
     "load_best",
+    "sample_steps",
+    "sample_prompts",
+    "sample_tokens",
+    "report_to",
     "paged",
     "page_bytes",
     "on_nonfinite",
@@ -389,6 +419,7 @@ def prepare(config: Config) -> Run:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but training runs on one device so far; "
             "start it without torchrun"
         )
+    require_packages([name for name in config.report_to if name != "none"])
     folder = config.output_dir or next_run_folder(Path("runs"), config.model.resolve().name)
     resumed = find_resumed(config)
     if resumed is None:
@@ -442,7 +473,20 @@ def prepare(config: Config) -> Run:
     run.plan, run.memory_before = plan, memory_before
     kept = replace(config, output_dir=folder, resume_from_checkpoint=None)
     write_atomically(folder / "config.yaml", to_yaml(kept).encode())
+    show_elsewhere(run, kept, tokenizer, resumed[1]["step"] if resumed else None)
     return run
+
+
+def show_elsewhere(run: Run, config: Config, tokenizer: Tokenizer, resumed_from: int | None) -> None:
+    """Open what is written besides the metrics: answers to prompts, TensorBoard, Weights & Biases."""
+    if config.sample_steps:
+        asked = config.sample_prompts
+        examples = run.held_out if len(run.held_out) else run.train
+        prompts = prompts_of(asked, tokenizer) if asked else prompts_in(examples, 2, tokenizer)
+        run.samples = Samples(run.folder, prompts, tokenizer, config.sample_tokens, resumed_from)
+    for name in config.report_to:
+        if name != "none":
+            run.log.trackers.append(TRACKERS[name](run.folder, asdict(config), resumed_from))
 
 
 def require_same(state: dict[str, Any], examples: Part, total_steps: int) -> None:
@@ -870,9 +914,10 @@ def train(run: Run, stop: StopRequest) -> int:
     norms: dict[str, float] = {}
     if run.step == 0:
         log_evaluation(run)
+        log_samples(run)
     model.train()
     run.rng = rng_state()
-    with tqdm(total=total_steps, initial=run.step, unit="step") as bar:
+    with step_bar(run.step, total_steps) as bar:
         for epoch, micro_batches in steps:
             if out_of_patience(run):
                 tqdm.write(
@@ -897,6 +942,7 @@ def train(run: Run, stop: StopRequest) -> int:
             else:
                 raise FloatingPointError(describe_nonfinite(run, loss, grad_norm, micro_batches, batches))
             run.step += 1
+            run.smoothed_loss.update(loss)
             tokens = sum(sum(batch.lengths) for batch in batches)
             run.num_tokens += tokens
             run.supervised_tokens += sum(batch.supervised for batch in batches)
@@ -925,13 +971,15 @@ def train(run: Run, stop: StopRequest) -> int:
                     "eta_seconds": (now - began) / (run.step - first_step) * (total_steps - run.step),
                 }
                 run.log.write(row)
-                show_step(bar, row)
+                show_step(bar, row, run.smoothed_loss.mean)
                 window_began, window_tokens = now, 0
             if last:
                 write_adapter(run, folder)  # before the evaluation, which takes a while
             if evaluating:
                 log_evaluation(run)
-                window_began = time.perf_counter()
+            if config.sample_steps and (last or run.step % config.sample_steps == 0):
+                log_samples(run)
+            window_began += time.perf_counter() - now  # which is no time of training
             if last:
                 break
             out_of_time = config.max_time is not None and now - began >= 60 * config.max_time
@@ -944,7 +992,8 @@ def train(run: Run, stop: StopRequest) -> int:
                 go_on = resume_command(run)
                 print(f"{why}: step {run.step} is saved; go on with\n  {go_on}", file=sys.stderr)
                 return 0 if stop.number is None else stop.exit_code
-    run.log.close()
+    if run.samples and run.samples.step < run.step:  # stopped for want of patience
+        log_samples(run)
     write_adapter(run, folder)
     print_sanity(run, norms)
     print_memory(run)
@@ -958,11 +1007,18 @@ def train(run: Run, stop: StopRequest) -> int:
     return 0
 
 
-def show_step(bar: tqdm, row: dict[str, Any]) -> None:
+def step_bar(step: int, total_steps: int) -> tqdm:
+    """Return a progress bar of at most 100 columns; what `show_step` says stands behind it."""
+    columns = min(100, shutil.get_terminal_size((100, 24)).columns)
+    form = "step {n_fmt}/{total_fmt} |{bar}|{desc}"
+    return tqdm(total=total_steps, initial=step, bar_format=form, ncols=columns)
+
+
+def show_step(bar: tqdm, row: dict[str, Any], smoothed_loss: float) -> None:
     """Show a row of metrics behind the progress bar."""
-    bar.set_postfix_str(
-        f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tokens/s, "
-        f"peak {row['peak_memory_gib']:.2f} GiB"
+    bar.set_description_str(
+        f" loss {row['loss']:.3f} (mean {smoothed_loss:.3f}), {row['tokens_per_second']:.0f} tokens/s, "
+        f"{row['peak_memory_gib']:.2f} GiB, {tqdm.format_interval(row['eta_seconds'])} left"
     )
 
 
@@ -980,6 +1036,15 @@ def log_evaluation(run: Run) -> None:
     run.evaluations_since_best += 1
     if run.step and (run.best_loss is None or loss < run.best_loss):
         run.best_loss, run.best_step, run.evaluations_since_best = loss, run.step, 0
+
+
+def log_samples(run: Run) -> None:
+    """Let the model answer the fixed prompts, if that is asked for; show the answers and keep them."""
+    for prompt, text in run.samples.take(run.model, run.step) if run.samples else ():
+        asked = " ".join(prompt.split())
+        shown = f"... {asked[-28:]}" if len(asked) > 32 else asked
+        answer = textwrap.shorten(text, 52, placeholder=" ...") or "(nothing)"
+        tqdm.write(f"step {run.step}: {shown!r} -> {answer!r}")
 
 
 def out_of_patience(run: Run) -> bool:
@@ -1098,6 +1163,18 @@ def print_sanity(run: Run, norms: dict[str, float]) -> None:
     with adapters_disabled(run.model):
         off = summed_loss(run.model, batch).item() / batch.supervised
     print(f"adapter   loss on an example of the training data {on:.4f}, without the adapter {off:.4f}")
+    write_atomically(
+        run.folder / "sanity.json",
+        as_json(
+            {
+                "loss_with_adapter": on,
+                "loss_without_adapter": off,
+                "idle_adapters": len(idle),
+                "skipped_steps": run.skipped_steps,
+                "gradient_norms": norms,
+            }
+        ),
+    )
     adapter = active_adapter(run.model)
     assert adapter is not None
     with open_safetensors(run.folder / WEIGHTS_FILE) as file:
@@ -1133,14 +1210,27 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\ninterrupted before the first step", file=sys.stderr)
         sys.exit(130)
-    code = 1
+    code, why = 1, ""
     try:
         with stop_requests() as stop:
             code = train(run, stop)
     except (FloatingPointError, OSError, MemoryError, RuntimeError) as error:
-        print(f"error: {explain(run, error)}", file=sys.stderr)
+        why = f"error: {explain(run, error)}"
+    leave_report(run)
+    if why:
+        print(why, file=sys.stderr)
     if code:
         sys.exit(code)
+
+
+def leave_report(run: Run) -> None:
+    """Write the page and the picture of a run that has ended, however; a failure here is only told."""
+    try:
+        run.log.close()
+        print(f"report    {write_report(run.folder)[0]}")
+    except Exception as error:  # of whatever kind: the run itself is done and saved
+        what = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning   no report: {what}; scripts/report.py {run.folder} tries again", file=sys.stderr)
 
 
 def explain(run: Run, error: BaseException) -> str:

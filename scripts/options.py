@@ -69,7 +69,8 @@ def option(
         choices: the values allowed, where the annotation is not a Literal, which says it better.
         bare: the text that the flag alone stands for, as `latest` in `--resume_from_checkpoint [PATH]`;
             a boolean's is `true`.
-        positional: its value can also stand without the flag, before all flags, in the order of the fields.
+        positional: its value can also stand without the flag, before all flags, in the order of the fields;
+            a list, which comes last of these, takes all words that are left.
     """
     metadata: dict[str, Any] = {"help": help, "aliases": tuple(aliases), "choices": tuple(choices)}
     metadata |= {"bare": bare, "positional": positional}
@@ -281,11 +282,15 @@ def _read_flags(options: Sequence[_Option], argv: Sequence[str], description: st
             metavar=f"[{metavar}]" if option.bare else metavar,
             help=(option.help + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%"),
         )
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))[: len(first)]
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    many = [option.many for option in options if option.positional][-1:] == [True]
+    words = words if many else words[: len(first)]
     parsed, strays = parser.parse_known_args(_spell(argv[len(words) :]), argparse.Namespace(given=[]))
     if strays and not strays[0].startswith("-"):
         raise ValueError(f"unexpected {strays[0]!r}: a value stands behind its flag")
     given = [(f"--{name}", [word]) for name, word in zip(first, words, strict=False)]
+    if len(words) > len(first):
+        given[-1][1].extend(words[len(first) :])
     given += [(stray.partition("=")[0], []) for stray in strays[:1]] + parsed.given
     # One text is that text, none or several are a list: as a scalar and a list are in YAML.
     return _convert(

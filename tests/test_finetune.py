@@ -138,8 +138,11 @@ def test_the_loss_falls_on_rows_of_every_format(
         "config.yaml",
         "data_check.json",
         "environment.json",
+        "loss.png",
         "memory.json",
         "metrics.jsonl",
+        "report.html",
+        "sanity.json",
     ]
     out = capsys.readouterr().out
     assert f"{len(ROWS[kind])} of {len(ROWS[kind])} rows used (0 cut to length, 0 dropped)" in out

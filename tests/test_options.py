@@ -226,6 +226,20 @@ def test_a_mistake_with_positional_options_is_named(argv, message, error_of):
     assert error_of(parse, Pair, argv) == message
 
 
+@dataclass
+class Many:
+    to: Path = option(REQUIRED, "where to", positional=True)
+    parts: list[Path] = option(REQUIRED, "what of", positional=True)
+    lora_r: int = option(64, "rank")
+
+
+@pytest.mark.parametrize(
+    "argv", [["x", "a", "b", "--lora_r", "8"], ["x", "--parts", "a", "b", "--lora_r", "8"]]
+)
+def test_a_positional_list_takes_the_words_that_are_left(argv):
+    assert parse(Many, argv) == Many(Path("x"), [Path("a"), Path("b")], 8)
+
+
 def test_help_shows_what_stands_first(capsys):
     with pytest.raises(SystemExit):
         parse(Pair, ["--help"])

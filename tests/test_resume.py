@@ -226,7 +226,9 @@ def test_a_flag_that_changes_the_arithmetic_is_refused_by_name_and_every_other_i
     others |= dict(
         resume_from_checkpoint=folder / "checkpoint-1", allow_dropped=True, inspect=1, dry_run=True
     )
+    others |= dict(sample_tokens=3, report_to=["tensorboard"])
     together = dict(output_dir=Path("run"), early_stopping_patience=1, load_best=True)
+    together |= dict(sample_steps=3, sample_prompts=["Hello"])
     assert others.keys() | together.keys() == finetune.MAY_CHANGE
     for name, value in others.items():
         found = finetune.find_resumed(replace(config, **{name: value}))
