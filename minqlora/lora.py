@@ -243,7 +243,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def _row_norm(self) -> Tensor:
-        A, B = self.lora_A, self.lora_B
+        A, B = self.lora_A.float(), self.lora_B.float()
         product = F.linear if isinstance(self.weight, NF4Tensor) else cast_linear
         cross = (product(A, self.weight).T * B).sum(1)  # (r, K) @ (K, N) -> (r, N), in float32
         own = ((B @ (A @ A.T)) * B).sum(1)
@@ -262,7 +262,7 @@ class LoRALinear(nn.Module):
         weight: of the base; None is the layer's own.
         """
         total = decoded(self.weight if weight is None else weight)
-        total.addmm_(self.lora_B.to(total.device), self.lora_A.to(total.device), alpha=self.scaling)
+        total.addmm_(self.lora_B.to(total), self.lora_A.to(total), alpha=self.scaling)
         if self.lora_magnitude_vector is None:
             return total
         norm = torch.linalg.vector_norm(total, dim=1)
@@ -325,6 +325,16 @@ class AdaptedProduct(torch.autograd.Function):
         if of_B:
             grad_B = (grad_y.T @ a).mul_(ctx.scaling)  # (N, T) @ (T, r) -> (N, r)
         return grad_x, grad_z, None, None, grad_A, grad_B, None, None, *[None] * len(saved)
+
+
+def store_adapters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep lora_A and lora_B of a model's layers, and so their gradients, in `dtype` from here on.
+
+    Half of float32's bytes in bfloat16, at the price of updates that are rounded to 8 bits of mantissa.
+    """
+    for layer in lora_layers(model).values():
+        for parameter in (layer.lora_A, layer.lora_B):
+            parameter.data = parameter.data.to(dtype)
 
 
 def made_by(x: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:

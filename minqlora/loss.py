@@ -80,27 +80,11 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + CHUNK)
             logits = cast_linear(hidden[chunk], weight)  # (chunk, vocab)
             logits.index_copy_(1, tokens, F.linear(hidden[chunk], rows.to(hidden.dtype)))
-            logits = logits.float()
-            if scale != 1.0:
-                logits.mul_(scale)
-            if cap is not None:
-                logits = logits.div_(cap).tanh_().mul_(cap)
-            slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
-            wanted = targets[chunk, None]
-            top = logits.amax(dim=1, keepdim=True)
-            wanted_logits = logits.gather(1, wanted)
-            # Over the logits: nothing here is as large as they are. The likeliest token's probability tells
-            # what they were divided by, and is not small.
-            probability = torch.softmax(logits, dim=1, out=logits)
-            total += (top - probability.amax(dim=1, keepdim=True).log() - wanted_logits).sum()
+            loss, grad_logits = cross_entropy(logits.float(), targets[chunk], scale, cap)
+            total += loss
+            del logits  # or the next chunk's would be made beside it
             if not any(ctx.needs_input_grad):
                 continue
-            # d loss / d logits = softmax - one-hot
-            grad_logits = probability.scatter_add_(1, wanted, torch.full_like(top, -1.0))
-            if slope is not None:
-                grad_logits.mul_(slope)
-            if scale != 1.0:
-                grad_logits.mul_(scale)
             grad_own = grad_logits[:, tokens]  # (chunk, n_tokens)
             grad_logits.index_fill_(1, tokens, 0.0)  # the weight's rows for them were not used
             if grad_rows is not None:
@@ -110,6 +94,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[chunk] += grad_own.to(hidden.dtype) @ rows.to(hidden.dtype)
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.T, hidden[chunk].float())
+            del grad_logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_rows)
         return total
 
@@ -120,3 +105,30 @@ class LinearCrossEntropy(torch.autograd.Function):
             None if made is None else made * grad.to(made.dtype) for made in ctx.saved_tensors
         )
         return of_hidden, None, of_weight, None, None, of_rows, None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, scale: float, cap: float | None) -> tuple[Tensor, Tensor]:
+    """Return the summed cross entropy () of scaled and capped logits, and its gradient for the logits as they
+    came, which is written over them.
+
+    logits: (n, vocab) float32. targets: (n,) int64.
+    """
+    wanted = targets[:, None]
+    if scale != 1.0:
+        logits.mul_(scale)
+    if cap is not None:
+        logits.div_(cap).tanh_().mul_(cap)
+    slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
+    top = logits.amax(dim=1, keepdim=True)
+    wanted_logits = logits.gather(1, wanted)
+    # Row by row and over the logits: a pass over all of them costs more than the arithmetic. The likeliest
+    # token's probability, which is never small, tells what the row was divided by.
+    probability = torch.softmax(logits, dim=1, out=logits)
+    log_normalizer = top - probability.amax(dim=1, keepdim=True).log()
+    # d loss / d logits = softmax - one-hot
+    gradient = probability.scatter_add_(1, wanted, torch.full_like(top, -1.0))
+    if slope is not None:
+        gradient.mul_(slope)
+    if scale != 1.0:
+        gradient.mul_(scale)
+    return (log_normalizer - wanted_logits).sum(), gradient

@@ -54,7 +54,7 @@ from minqlora.architecture import Architecture, Layer
 from minqlora.checkpoint import Quantization, quantized_bytes
 from minqlora.lora import LoRAConfig, LoRALinear, adapters, attach
 from minqlora.loss import CHUNK
-from minqlora.matmul import TILE, WINDOW
+from minqlora.matmul import TILE, TOKENS, WINDOW
 from minqlora.model import CausalLM
 from minqlora.optim import BLOCK_SIZE, HEADROOM, NARROW_FROM
 from minqlora.quantize import CHUNK as QUANTIZED_AT_A_TIME
@@ -273,23 +273,29 @@ def saved_by_block(block: nn.Module, layer: Layer, arch: Architecture, setup: Se
         for path, module in block.named_modules()
         if isinstance(module, LoRALinear)
     }
-    for name in vars(arch.family.norms).values():
+    norms = arch.family.norms
+    for name in vars(norms).values():
         if name is not None:
             yield from _saved_by_norm(name, T, D, arch, setup)
-    yield from _saved_by_linear(adapted, ("q_proj", "k_proj", "v_proj", "qkv_proj"), D, setup)
+    qkv = ("q_proj", "k_proj", "v_proj", "qkv_proj")
+    yield from _saved_by_linear(adapted, qkv, D, setup, made=norms.before_attention is not None)
     yield from _saved_by_attention(layer, arch, setup)
-    yield from _saved_by_linear(adapted, ("o_proj",), arch.n_heads * arch.head_dim, setup)
+    # What attention in one operation has saved is its output, and of a single row that is o_proj's input.
+    is_saved = arch.attention_softcap is None
+    if not (setup.method == "full" and is_saved and setup.per_device_train_batch_size == 1):
+        yield from _saved_by_linear(adapted, ("o_proj",), arch.n_heads * arch.head_dim, setup, made=is_saved)
     if layer.experts is not None:  # all frozen; each takes some of the tokens
         routed = T * layer.experts.active
         yield Saved("router: probabilities", T * layer.experts.count, 4)
         yield Saved("experts: gate and up", routed * 2 * layer.experts.intermediate_size, size)
         yield Saved("experts: outputs, before and after their probabilities multiply", routed * 2 * D, size)
         return
-    yield from _saved_by_linear(adapted, ("gate_proj", "up_proj", "gate_up_proj"), D, setup)
+    gates = ("gate_proj", "up_proj", "gate_up_proj")
+    yield from _saved_by_linear(adapted, gates, D, setup, made=norms.before_mlp is not None)
     yield Saved(
         "gate and up: outputs, of which either is the other's factor", T * 2 * arch.intermediate_size, size
     )
-    yield from _saved_by_linear(adapted, ("down_proj",), arch.intermediate_size, setup)
+    yield from _saved_by_linear(adapted, ("down_proj",), arch.intermediate_size, setup, made=True)
 
 
 def _saved_by_norm(name: str, rows: int, width: int, arch: Architecture, setup: Setup) -> Iterator[Saved]:
@@ -299,14 +305,16 @@ def _saved_by_norm(name: str, rows: int, width: int, arch: Architecture, setup: 
 
 
 def _saved_by_linear(
-    adapted: Mapping[str, LoRALinear], names: Sequence[str], width: int, setup: Setup
+    adapted: Mapping[str, LoRALinear], names: Sequence[str], width: int, setup: Setup, made: bool
 ) -> Iterator[Saved]:
-    # Layers that share an input, which is saved once. A frozen layer without an adapter saves nothing of it.
+    # Layers that share an input, which is saved once, or not at all if it is made again of what others save
+    # (`lora.made_by`). A frozen layer without an adapter saves nothing of it.
     T, size = setup.tokens, setup.dtype.itemsize
     layers = {name: adapted[name] for name in names if name in adapted}
     what = ", ".join(layers or names)
     if setup.method == "full" or (layers and not setup.adapter.dropout):
-        yield Saved(f"{what}: input", T * width, size)
+        if setup.method == "full" or not made:
+            yield Saved(f"{what}: input", T * width, size)
     elif layers:  # each of them has zeroed other numbers
         mask = 1 if setup.device == "cuda" else size
         yield Saved(f"{what}: inputs after dropout", T * width * len(layers), size)
@@ -364,17 +372,18 @@ def block_bytes(arch: Architecture, setup: Setup) -> int:
 
 
 def logits_bytes(model: CausalLM, setup: Setup) -> int:
-    """Return the bytes of a chunk of logits, float32 three times over: those of the chunk before, which are
-    dropped when these are there, and what their exponentials are summed from.
+    """Return the bytes of a chunk of logits in float32, over which their gradient is written.
 
     With them are the hidden states, those that are kept, and their gradient.
     """
     arch = model.arch
-    chunks = 3 if setup.tokens > CHUNK else 2
-    chunks += 3 if arch.logit_softcap is not None else 0
+    chunks = 3 if arch.logit_softcap is not None else 1
     logits = min(CHUNK, setup.tokens) * arch.vocab_size * 4 * chunks
     if any(parameter.requires_grad for parameter in model.lm_head.parameters()):
         logits += arch.vocab_size * arch.hidden_size * 4
+    if setup.device == "cpu" and setup.dtype == torch.float32 != setup.stored_dtype:
+        rows = min(TILE // (4 * arch.hidden_size), arch.vocab_size)
+        logits += min(TOKENS, setup.tokens) * rows * 4  # what a tile of the head makes before it is in place
     return logits + 3 * setup.tokens * arch.hidden_size * setup.dtype.itemsize
 
 

@@ -29,6 +29,7 @@ Paper: "Attention Is All You Need"; RMSNorm, "RoFormer" (rotary positions), "GLU
 Before: architecture. Next: files.
 """
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -145,7 +146,8 @@ class Trunk(nn.Module):
         super().__init__()
         self.arch = arch
         self.compute_dtype = compute_dtype
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing = False  # each block is computed again for its backward
+        self.offload = False  # and its input waits for that in host memory, where the device is another
         # from_pretrained, because the plain constructor would draw a random table first.
         self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(arch.vocab_size, arch.hidden_size))
         self.layers = nn.ModuleList(Block(arch, i) for i in range(arch.n_layers))
@@ -167,11 +169,14 @@ class Trunk(nn.Module):
             raise ValueError(f"lengths {lengths} must sum to T = {T}, and cannot be combined with a cache")
         x = self.embed(input_ids)  # (B, T, D)
         rotary = self.rotary_tables(lengths, cache, like=x)
+        offload = self.offload and x.device.type != "cpu"
+        inputs = HostInputs(x.device) if offload else contextlib.nullcontext()
         for block in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 # Non-reentrant: the reentrant kind gives no gradients below inputs that need none, here
                 # frozen embeddings.
-                x = checkpoint(block, x, rotary, lengths, use_reentrant=False)
+                with inputs:
+                    x = checkpoint(block, x, rotary, lengths, use_reentrant=False)
             else:
                 x = block(x, rotary, lengths, cache)
         if cache is not None:
@@ -194,6 +199,58 @@ class Trunk(nn.Module):
             positions = [(positions[0] - cache.padding[:, None, None]).clamp(min=0)]  # (B, 1, T)
         rotaries = {layer.rotary for layer in self.arch.layers if layer.rotary is not None}
         return {rotary: rotary_table(rotary, positions, like) for rotary in rotaries}
+
+
+class HostInputs:
+    """Keeps the inputs of checkpointed blocks, (B, T, D), in host memory from forward to backward.
+
+    A context around `checkpoint`. What leaves and returns travels on a stream of its own, beside the
+    computation: a block's input is on its way back while the block after it is computed again.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.module = torch.get_device_module(device)
+        self.side = self.module.Stream() if device.type == "cpu" else self.module.Stream(device)
+        self.kept: list[Tensor] = []  # on the host, in the order of the blocks
+        self.arriving: dict[int, tuple[Tensor, Any]] = {}
+
+    def __enter__(self) -> None:
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, self._fetch)
+        self.hooks.__enter__()
+
+    def __exit__(self, *failed: Any) -> None:
+        self.hooks.__exit__(*failed)
+
+    def _keep(self, tensor: Tensor) -> Tensor | int:
+        if tensor.dim() != 3:  # a table of angles, which all blocks share
+            return tensor
+        is_cpu = self.device.type == "cpu"
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not is_cpu)
+        self.side.wait_stream(self.module.current_stream(self.device))
+        with self.module.stream(self.side):
+            host.copy_(tensor.detach(), non_blocking=True)
+        if not is_cpu:  # or its memory would be handed out while it is read
+            tensor.record_stream(self.side)
+        self.kept.append(host)
+        return len(self.kept) - 1
+
+    def _fetch(self, kept: Tensor | int) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        tensor, arrived = self.arriving.pop(kept) if kept in self.arriving else self._bring(kept)
+        if kept > 0:  # backward goes from the last block to the first
+            self.arriving[kept - 1] = self._bring(kept - 1)
+        compute = self.module.current_stream(self.device)
+        compute.wait_event(arrived)
+        if self.device.type != "cpu":
+            tensor.record_stream(compute)
+        return tensor
+
+    def _bring(self, index: int) -> tuple[Tensor, Any]:
+        with self.module.stream(self.side):
+            tensor = self.kept[index].to(self.device, non_blocking=True, copy=True)
+            return tensor, self.side.record_event()
 
 
 def rotary_table(rotary: Rotary, positions: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:

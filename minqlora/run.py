@@ -28,6 +28,7 @@ Before: memory. Next: report.
 """
 
 import base64
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -397,6 +398,20 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:  # run from a source tree that was never installed
         return None
+
+
+def keep_freed_memory() -> None:
+    """Tell the C library to keep for this process what is freed, instead of giving it back to the system.
+
+    A training step allocates what the step before has freed, and glibc otherwise fetches those pages from the
+    kernel every time, zeroed one by one: a sixth of a step on a CPU. Other allocators are left alone.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the most that it takes: larger blocks come and go
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -35,7 +35,7 @@ from finetune import accumulate_gradients
 from minqlora import PagedAdamW, add_lora, load_adapter, load_model, save_adapter
 from minqlora.batch import Batch, collate, tokenize
 from minqlora.data import IGNORE, Example
-from minqlora.run import peak_memory_gib
+from minqlora.run import keep_freed_memory, peak_memory_gib
 from minqlora.tokenizer import Tokenizer
 from options import option, parse, user_errors
 
@@ -175,6 +175,7 @@ Step = Callable[[Sequence[Example]], float]
 
 def ours(folder: Path, case: Case, config: Config) -> tuple[Step, torch.optim.Optimizer]:
     """Return minqlora, set up as scripts/finetune.py does."""
+    keep_freed_memory()
     quant_type = "nf4" if config.contender == "minqlora" else None
     model = load_model(
         folder, quant_type=quant_type, dtype=getattr(torch, config.dtype), device=config.device

@@ -57,6 +57,7 @@ from minqlora.lora import (
     adapters_disabled,
     lora_layers,
     parameter_groups,
+    store_adapters,
 )
 from minqlora.loss import supervised_loss
 from minqlora.memory import Plan, Setup, plan_memory, skeleton, stored_dtype
@@ -69,6 +70,7 @@ from minqlora.run import (
     checkpoints,
     discard_after,
     environment,
+    keep_freed_memory,
     memory_in_use,
     newest_checkpoint,
     next_run_folder,
@@ -200,14 +202,23 @@ class Config:
         "stop", "at a loss or gradient that is no number: stop, or leave the step out and go on"
     )
 
-    gradient_checkpointing: bool = option(
-        True, "recompute each block in backward: a third slower, several times leaner"
+    gradient_checkpointing: Literal["true", "false", "offload"] = option(
+        "true",
+        "recompute each block in backward: a third slower, several times leaner; offload: keep the blocks' "
+        "inputs in host memory meanwhile",
+        bare="true",
+    )
+    adapter_dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "dtype in which adapters and their gradients are kept; the moments stay as --optim says"
     )
     dtype: Literal["bfloat16", "float32"] | None = option(
         None, "compute dtype (default: what the hardware does well)"
     )
     device: str | None = option(None, "cpu, cuda, ... (default: an accelerator if there is one)")
     seed: int = option(0, "seed of the adapters, the order of the data, and dropout")
+    deterministic: bool = option(
+        False, "only kernels that give the same bits every time: slower on a GPU, as it is on a CPU anyway"
+    )
     dry_run: bool = option(
         False, "say what the data are and what memory it takes, and stop: no weight is read, no run written"
     )
@@ -439,6 +450,9 @@ def prepare(config: Config) -> Run:
         print(f"dry run   {count_steps(train, config):,} steps to do; no weight was read, and no run written")
         raise SystemExit(0)
     memory_before = memory_in_use(device)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS sums in another order without
+        torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)  # before the adapters are drawn
     model = prepare_model(config, source, device, dtype, new_tokens, resumed and resumed[0])
     optimizer = PagedAdamW(
@@ -679,7 +693,8 @@ def memory_setup(
         quantize_embeddings=config.quantize_embeddings,
         dtype=dtype,
         stored_dtype=stored,
-        gradient_checkpointing=config.gradient_checkpointing,
+        adapter_dtype=getattr(torch, config.adapter_dtype),
+        gradient_checkpointing=config.gradient_checkpointing != "false",
         per_device_train_batch_size=config.per_device_train_batch_size,
         max_seq_length=config.max_seq_length,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -695,7 +710,7 @@ def what_saves_memory(config: Config, source: Path, device: torch.device, dtype:
     ways: dict[str, dict[str, Any]] = {
         "--bits 4": {"bits": 4},
         "--quantize_embeddings": {"quantize_embeddings": config.bits == 4},
-        "--gradient_checkpointing true": {"gradient_checkpointing": True},
+        "--gradient_checkpointing true": {"gradient_checkpointing": "true"},
         "--optim paged_adamw_8bit": {"optim": "paged_adamw_8bit"},
         "--paged always": {"paged": "always" if device.type != "cpu" else config.paged},
         "a smaller --per_device_train_batch_size": {
@@ -753,7 +768,10 @@ def prepare_model(
     else:
         adapted = add_lora(model, base=source, **options)
         start_new_tokens(model, list(new_tokens.values()))
-    model.model.gradient_checkpointing = config.gradient_checkpointing
+    if config.adapter_dtype != "float32":
+        store_adapters(model, getattr(torch, config.adapter_dtype))
+    model.model.gradient_checkpointing = config.gradient_checkpointing != "false"
+    model.model.offload = config.gradient_checkpointing == "offload"
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"adapters  rank {config.lora_r} on {len(adapted)} layers: {trained:,} parameters to train")
     if LoRAConfig(**options).is_residual:
@@ -1200,6 +1218,7 @@ def print_memory(run: Run) -> None:
 def main() -> None:
     """Read the configuration, prepare, train."""
     config = parse(Config, description=__doc__.split("\n\n")[0] if __doc__ else None)
+    keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal has the characters of every dataset
     try:

@@ -558,7 +558,7 @@ def test_options_reach_what_they_are_for(
     adapters = dict(lora_r=3, lora_alpha=5.0, lora_dropout=0.25, lora_target_modules=["q_proj"])
     data = dict(val_size=5, max_eval_samples=2, max_seq_length=40)
     options: dict[str, Any] = quantization | adapters | data
-    config = finetune.Config(tiny_model, rows, dtype="bfloat16", gradient_checkpointing=False, **options)
+    config = finetune.Config(tiny_model, rows, dtype="bfloat16", gradient_checkpointing="false", **options)
     prepared = finetune.prepare(config)
     model, train, held_out = prepared.model, prepared.train, prepared.held_out
     weight, layers = model.model.layers[0].mlp.up_proj.weight, lora_layers(model)

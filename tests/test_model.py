@@ -1,5 +1,6 @@
 """The transformer computes what transformers computes, in any shape, cached or packed, fp32 or NF4."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -10,10 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from minqlora import NF4Tensor, add_lora, load_model
 from minqlora.checkpoint import quantized_size
-from minqlora.model import CausalLM, GatedProduct, KVCache, Normalize, attend, rotary_table, rotate
+from minqlora.model import (
+    CausalLM,
+    GatedProduct,
+    HostInputs,
+    KVCache,
+    Normalize,
+    attend,
+    rotary_table,
+    rotate,
+)
 from minqlora.nf4 import Format
 
 
@@ -301,6 +312,45 @@ def test_gradient_checkpointing_keeps_only_the_residual_stream(tiny_model: Path)
         return sum(n for storage, n in held.items() if storage not in mine)
 
     assert saved_bytes(True) < saved_bytes(False) / 4
+
+
+def test_inputs_of_blocks_come_back_from_the_host_as_they_left(tiny_model: Path) -> None:
+    model = load_model(tiny_model, dtype=torch.float32)
+    add_lora(model, r=4)
+    gradients = []
+    # torch has stand-ins for streams on a CPU, so that what a GPU does can be done here.
+    for inputs in (contextlib.nullcontext(), HostInputs(torch.device("cpu"))):
+        x = model.model.embed(IDS)
+        rotary = model.model.rotary_tables([11, 12], None, like=x)
+        for block in model.model.layers:
+            with inputs:
+                x = checkpoint(block, x, rotary, [11, 12], use_reentrant=False)
+        x.square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+        model.zero_grad()
+    assert len(inputs.kept) == len(model.model.layers) and not inputs.arriving
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+    assert any((gradient != 0).any() for gradient in gradients[0].values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_offloading_keeps_block_inputs_off_the_device(tiny_model: Path) -> None:
+    model = load_model(tiny_model, dtype=torch.float32, device="cuda")
+    add_lora(model, r=4)
+    model.train().model.gradient_checkpointing = True
+    ids, found = IDS.repeat(1, 200).cuda(), []
+    for offload in (False, True):
+        model.model.offload = offload
+        before = torch.cuda.memory_allocated()
+        hidden = model.model(ids)
+        torch.cuda.synchronize()
+        found.append(torch.cuda.memory_allocated() - before)
+        hidden.square().sum().backward()
+        found.append(torch.stack([p.grad.norm() for p in model.parameters() if p.requires_grad]))
+        model.zero_grad()
+        del hidden
+    assert found[2] < found[0] and torch.equal(found[1], found[3])
 
 
 def test_normalize_has_the_gradient_of_plain_operations() -> None:

@@ -265,7 +265,7 @@ def test_the_way_out_that_saves_most_comes_first(tiny_model: Path) -> None:
         config = finetune.Config(model=tiny_model, dataset=[Path("rows")], **changes)
         return finetune.what_saves_memory(config, tiny_model, torch.device("cpu"), torch.float32)
 
-    assert ways(max_seq_length=8192, gradient_checkpointing=False)[0] == "a smaller --max_seq_length"
+    assert ways(max_seq_length=8192, gradient_checkpointing="false")[0] == "a smaller --max_seq_length"
     assert ways(max_seq_length=64, lora_r=512)[:2] == ["--optim paged_adamw_8bit", "a smaller --lora_r"][::-1]
     assert "a smaller --per_device_train_batch_size" in ways(per_device_train_batch_size=8)
     assert ways(max_seq_length=2, lora_r=1, bits=16)[0] == "--bits 4"

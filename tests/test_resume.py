@@ -222,7 +222,7 @@ def test_a_flag_that_changes_the_arithmetic_is_refused_by_name_and_every_other_i
             finetune.find_resumed(changed)
     others = dict(num_train_epochs=9.0, max_steps=99, max_time=1.0, cache=Path("c"), data_cache=Path("d"))
     others |= dict(logging_steps=3, eval_steps=3, max_eval_samples=1, save_steps=3, save_total_limit=7)
-    others |= dict(paged="never", page_bytes=64, on_nonfinite="skip", gradient_checkpointing=False)
+    others |= dict(paged="never", page_bytes=64, on_nonfinite="skip", gradient_checkpointing="offload")
     others |= dict(
         resume_from_checkpoint=folder / "checkpoint-1", allow_dropped=True, inspect=1, dry_run=True
     )
