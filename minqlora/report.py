@@ -117,7 +117,8 @@ class Samples:
     ):
         self._prompts, self._tokenizer, self._max_new_tokens = prompts, tokenizer, max_new_tokens
         self._log = MetricsLog(folder, resumed_from, "samples.jsonl")
-        self.step = -1  # of the last answers
+        # Of the last answers. A checkpoint comes after the answers of its step.
+        self.step = -1 if resumed_from is None else resumed_from
 
     def take(self, model: CausalLM, step: int) -> Iterator[tuple[str, str]]:
         """Let the model answer after a step; yield each prompt with its answer.

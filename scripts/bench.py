@@ -7,6 +7,7 @@
 train    a QLoRA training step: speed and peak memory, against transformers + PEFT + bitsandbytes
 quant    quantizing, dequantizing and the NF4 linear layer: speed, against bitsandbytes and torchao
 error    what each 4-bit code loses, on normal numbers and on a real model
+data     a dataset of 2 million rows: time to prepare it, and memory to train on it
 load     a 7B-shaped checkpoint into 4 bits: time and peak memory, against transformers + bitsandbytes
 
 Each prints a table for people and, as the last line of output, the JSON document that --output writes too.
@@ -29,12 +30,13 @@ from typing import Any
 
 import torch
 
+from demo_assets import build_dataset
 from minqlora.files import write_atomically
 from options import user_errors
 
 DOOR = Path(__file__).resolve()  # what a benchmark starts to have a process of its own
 ROOT = DOOR.parent.parent
-BENCHMARKS = ("train", "quant", "error", "load")  # each is the module bench_NAME beside this one
+BENCHMARKS = ("train", "quant", "error", "load", "data")  # each is the module bench_NAME beside this one
 
 
 def main() -> None:
@@ -118,6 +120,12 @@ def take_turns(
         for name, runs in found.items()
     }
     return found, medians
+
+
+def data_file(named: Path | None) -> Path:
+    """Return the file named, or GSM8K where MINQLORA_DATA says that it is, or else the demo's data."""
+    shared = Path(os.environ.get("MINQLORA_DATA", "")) / "gsm8k_train.jsonl"
+    return named or (shared if shared.is_file() else build_dataset(ROOT / "assets")[0])
 
 
 def print_document(document: dict[str, Any], output: Path | None) -> None:

@@ -16,7 +16,6 @@ the loss of both over 100 steps. The last line of output is the JSON that --outp
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -28,9 +27,9 @@ from typing import Any, Literal
 
 import torch
 
-from bench import ROOT, Allocator, allocators, as_document, print_document, take_turns
+from bench import ROOT, Allocator, allocators, as_document, data_file, print_document, take_turns
 from bench_load import LLAMA_2_7B, make_checkpoint
-from demo_assets import build_dataset, fetch_model
+from demo_assets import fetch_model
 from finetune import accumulate_gradients
 from minqlora import PagedAdamW, add_lora, load_adapter, load_model, save_adapter
 from minqlora.batch import Batch, collate, tokenize
@@ -155,17 +154,9 @@ def make_batches(case: Case, config: Config, folder: Path) -> list[list[Example]
         examples: Any = [Example(row, row) for row in rows]
     else:
         examples, _ = tokenize(
-            [data_file(config)], Tokenizer(folder), case.tokens, ROOT / "assets" / "tokens"
+            [data_file(config.data)], Tokenizer(folder), case.tokens, ROOT / "assets" / "tokens"
         )
     return [[examples[i * case.batch + j] for j in range(case.batch)] for i in range(steps)]
-
-
-def data_file(config: Config) -> Path:
-    """Return the file of questions and answers."""
-    shared = Path(os.environ.get("MINQLORA_DATA", "")) / "gsm8k_train.jsonl"
-    if config.data is not None or shared.is_file():
-        return config.data or shared
-    return build_dataset(ROOT / "assets")[0]
 
 
 # ---- the contenders: each a function that runs a step's examples forward and backward, and an optimizer ----

@@ -7,6 +7,8 @@ block_size_error.png        what a smaller block buys and costs, with and withou
 bits_per_parameter.png      where the 4.127 bits of a weight go
 number_formats.png          bits, range and steps of the formats from fp32 down to NF4
 quantile_quantization.png   levels from a weight's own quantiles against NF4, when the weight has outliers
+training.png                speed and peak memory of training beside the peer, of docs/results/train_cpu.json
+training_growth.png         how both grow with rows, batches and models, of docs/results/train_growth_cpu.json
 demo_loss.png               loss and held-out loss of the demo run in docs/results/demo_metrics.jsonl
 
 Normal weights have standard deviation 1 and a fixed seed, so that an error reads as a share of it.
@@ -53,6 +55,8 @@ def main() -> None:
     draw_bits_per_parameter(folder / "bits_per_parameter.png")
     draw_number_formats(folder / "number_formats.png")
     draw_quantiles(folder / "quantile_quantization.png")
+    draw_training(folder / "training.png")
+    draw_growth(folder / "training_growth.png")
     draw_demo_loss(folder / "demo_loss.png")
 
 
@@ -503,6 +507,89 @@ def coded_in_blocks(name: str, weight: Tensor, is_outlier: Tensor, quant_type: s
     scales, has_outlier = weight.abs().view(-1, 64).amax(dim=1), is_outlier.view(-1, 64).any(dim=1)
     levels = [quantized.codebook * scales[blocks].median() for blocks in (~has_outlier, has_outlier)]
     return Coded(name, quantized.bits_per_parameter, quantized.dequantize(torch.float32), levels)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+CASES = {
+    "gsm8k": "GSM8K, 4 examples a step",
+    "gsm8k-checkpointed": "the same, checkpointed",
+    "random": "512 random tokens",
+}
+CONTENDERS = {"ours": "minqlora", "peer": "transformers + PEFT + bitsandbytes"}
+COLORS = {"ours": BLUE, "peer": GREY}
+
+
+def train_rows(name: str, metric: str) -> list[dict[str, Any]]:
+    """Return the rows of a metric in a committed result of `bench.py train`."""
+    document = json.loads((ROOT / "docs" / "results" / name).read_text(encoding="utf-8"))
+    return [row for row in document["rows"] if row["metric"] == metric]
+
+
+def draw_training(path: Path) -> None:
+    """Draw tokens a second and peak memory of each case, under each allocator, beside the peer's."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for axes, metric, title, scale in zip(
+        panels, ("tokens_per_s", "peak_mb"), ("tokens a second", "peak memory, GB"), (1, 1e-3), strict=True
+    ):
+        rows = train_rows("train_cpu.json", metric)
+        for place, row in enumerate(rows):
+            for offset, who in ((0.2, "ours"), (-0.2, "peer")):
+                if row[who] is None:
+                    continue
+                value = row[who] * scale
+                axes.barh(offset - place, value, 0.38, color=COLORS[who])
+                text = f" {value:.0f}" if scale == 1 else f" {value:.1f}"
+                axes.text(value, offset - place, text, va="center", fontsize=9)
+        axes.set_title(title)
+        axes.spines["bottom"].set_visible(False)
+        axes.tick_params(bottom=False, labelbottom=False)
+        name_rows(axes, [f"{CASES[row['case']]},\n{row['allocator']}" for row in rows], fontsize=9)
+    handles = [Patch(color=COLORS[who], label=name) for who, name in CONTENDERS.items()]
+    figure.legend(handles=handles, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, -0.06))
+    figure.subplots_adjust(wspace=0.08)
+    save(figure, path)
+
+
+def draw_growth(path: Path) -> None:
+    """Draw step time and peak memory against the length of a row, the examples in a batch, and the model."""
+    sweeps = {"length": "tokens in a row", "batch": "rows of 256 tokens", "model": "parameters, millions"}
+    figure, panels = plt.subplots(2, 3, figsize=(9, 5), sharex="col")
+    for above_below, metric, label, scale in zip(
+        panels, ("step_s", "peak_mb"), ("seconds a step", "peak memory, GB"), (1, 1e-3), strict=True
+    ):
+        rows = {row["case"]: row for row in train_rows("train_growth_cpu.json", metric)}
+        for axes, (sweep, xlabel) in zip(above_below, sweeps.items(), strict=True):
+            for who in CONTENDERS:
+                points = sorted(
+                    (x, row[who] * scale)
+                    for case, row in rows.items()
+                    if (x := _swept(case, sweep)) is not None and row[who] is not None
+                )
+                axes.plot(*zip(*points, strict=True), "o-", color=COLORS[who], markersize=4)
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(0)
+            ticks = sorted(x for case in rows if (x := _swept(case, sweep)) is not None)
+            axes.set_xticks(ticks, [f"{x:,}" for x in ticks], fontsize=9)
+            axes.minorticks_off()
+            if metric == "peak_mb":
+                axes.set_xlabel(xlabel)
+        above_below[0].set_ylabel(label)
+    handles = [Patch(color=COLORS[who], label=name) for who, name in CONTENDERS.items()]
+    figure.legend(handles=handles, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, 0.97))
+    save(figure, path)
+
+
+def _swept(case: str, sweep: str) -> int | None:
+    # What a case of a sweep varies: a row of 256 tokens is also a batch of one, and 512 tokens go through
+    # each model.
+    known = {
+        "length": {"length-512": 512},
+        "batch": {"length-256": 1},
+        "model": {"length-512": 135, "model-smollm2-360m": 362, "model-tinyllama-1.1b": 1100},
+    }[sweep]
+    name, _, number = case.partition("-")
+    return known.get(case, int(number) if name == sweep and number.isdigit() else None)
 
 
 # ---- the demo run ------------------------------------------------------------------------------------------

@@ -188,6 +188,7 @@ class Config:
         "constant", "schedule after the warmup"
     )
     warmup_steps: int = option(0, "optimizer steps from rate 0 to the peak")
+    warmup_ratio: float = option(0.0, "the same as a share of all steps, where --warmup_steps is 0")
     max_grad_norm: float = option(0.3, "clip the gradient to this norm; 0: do not")
     adam_beta2: float = option(0.999, "decay of AdamW's mean of squared gradients, per step")
     weight_decay: float = option(0.0, "AdamW's decoupled weight decay, per step and unit of learning rate")
@@ -228,7 +229,9 @@ class Config:
         "go on from this checkpoint folder, or from the newest whole one of --output_dir",
         bare="latest",
     )
-    save_steps: int | None = option(None, "save a checkpoint every so many steps (default: when stopped)")
+    save_steps: int | None = option(
+        None, "save a checkpoint every so many steps, and after the last (default: when stopped)"
+    )
     save_total_limit: int = option(2, "checkpoints to keep; the best one stays besides")
     early_stopping_patience: int | None = option(
         None, "stop when so many evaluations in a row have not been the best"
@@ -272,6 +275,7 @@ class Config:
         for name, value, below in (
             ("adam_beta2", self.adam_beta2, 1),
             ("lora_dropout", self.lora_dropout, 1),
+            ("warmup_ratio", self.warmup_ratio, 1),
         ):
             if not 0 <= value < below:
                 raise ValueError(f"--{name} must be in [0, {below}), got {value}")
@@ -474,10 +478,11 @@ def prepare(config: Config) -> Run:
         run = Run(config, model, optimizer, train, held_out, n_held_out, folder, log, total_steps)
     else:
         path, state = resumed
-        require_same(state, train, total_steps)
+        require_same(state, train, total_steps, has_ended=(folder / "completed").exists())
         with open_safetensors(path / "optimizer.safetensors") as file:
             optimizer.load_tensors({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         optimizer.paged_bytes = state["paged_bytes"]
+        (folder / "completed").unlink(missing_ok=True)  # more steps of it were asked for
         discard_after(folder, state["step"])
         log = MetricsLog(folder, resumed_from=state["step"])
         counters = {name: state[name] for name in COUNTERS}
@@ -503,14 +508,17 @@ def show_elsewhere(run: Run, config: Config, tokenizer: Tokenizer, resumed_from:
             run.log.trackers.append(TRACKERS[name](run.folder, asdict(config), resumed_from))
 
 
-def require_same(state: dict[str, Any], examples: Part, total_steps: int) -> None:
-    """Raise ValueError unless a run can go on from a checkpoint's state with these examples, so far."""
+def require_same(state: dict[str, Any], examples: Part, total_steps: int, *, has_ended: bool) -> None:
+    """Raise ValueError unless a run can go on from a checkpoint's state with these examples, so far.
+
+    One that was killed after its last step goes on to its end.
+    """
     if state["data"] != examples.key:
         raise ValueError(
             "--dataset: the files, the tokenizer or its chat template are not what the run began with; put "
             "them back, or begin a new run"
         )
-    if state["step"] >= total_steps:
+    if state["step"] >= total_steps + (not has_ended):
         raise ValueError(
             f"the run has done {state['step']} of {total_steps} steps already; "
             "ask for more with --max_steps or --num_train_epochs"
@@ -522,9 +530,16 @@ def find_resumed(config: Config) -> tuple[Path, dict[str, Any]] | None:
     wanted = config.resume_from_checkpoint
     if wanted is None:
         return None
+    folder = config.output_dir if wanted == Path("latest") else wanted.parent
+    assert folder is not None  # `latest` needs --output_dir, says Config
+    ended = folder / "completed"
+    if ended.exists() and not (folder / f"checkpoint-{ended.read_text().strip()}").is_dir():
+        raise ValueError(
+            f"{folder}: that run has come to its end, and left no checkpoint there to go on from, as "
+            "--save_steps does"
+        )
     if wanted == Path("latest"):
-        assert config.output_dir is not None
-        path, state, problems = newest_checkpoint(config.output_dir)
+        path, state, problems = newest_checkpoint(folder)
         for problem in problems:
             print(f"warning   {problem}; going on from {path.name} instead", file=sys.stderr)
     else:
@@ -533,8 +548,6 @@ def find_resumed(config: Config) -> tuple[Path, dict[str, Any]] | None:
             raise ValueError(
                 f"--output_dir {config.output_dir}: a run goes on in its own folder, {path.parent}"
             )
-    if (path.parent / "completed").exists():
-        raise ValueError(f"{path.parent}: that run has come to its end; there is nothing to go on with")
     before = read_yaml_config(path.parent / "config.yaml")
     for name, value in asdict(config).items():
         if name not in MAY_CHANGE and before.get(name, value) != value:
@@ -861,9 +874,10 @@ def count_steps(examples: Part, config: Config) -> int:
 
 def rate_factor(config: Config, total_steps: int, step: int) -> float:
     """Return what the peak learning rate is multiplied by in a step, counted from 0."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    rest = (total_steps - step) / max(total_steps - config.warmup_steps, 1)  # 1 down to nearly 0
+    warmup = config.warmup_steps or math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    rest = (total_steps - step) / max(total_steps - warmup, 1)  # 1 down to nearly 0
     return {"constant": 1.0, "linear": rest, "cosine": 0.5 - 0.5 * math.cos(math.pi * rest)}[
         config.lr_scheduler_type
     ]
@@ -1013,11 +1027,13 @@ def train(run: Run, stop: StopRequest) -> int:
     if run.samples and run.samples.step < run.step:  # stopped for want of patience
         log_samples(run)
     write_adapter(run, folder)
+    if config.save_steps and folder / f"checkpoint-{run.step}" not in checkpoints(folder):
+        save(run)  # from which it can be made longer
     print_sanity(run, norms)
     print_memory(run)
     if config.load_best:
         take_best(run)
-    write_atomically(folder / "completed", b"")
+    write_atomically(folder / "completed", f"{run.step}\n".encode())
     print(
         f"saved     {folder}, after {time.perf_counter() - began:.0f} s; "
         f"peak memory {peak_memory_gib(model.device):.2f} GiB"

@@ -506,6 +506,17 @@ def test_the_learning_rate_rises_to_its_peak_and_follows_its_schedule() -> None:
     assert rates("cosine", 9, 3) == pytest.approx([0.1, 0.2, 0.3])  # shorter than its warmup
 
 
+def test_a_warmup_is_so_many_steps_or_a_share_of_all() -> None:
+    def factors(**options: Any) -> list[float]:
+        config = finetune.Config(Path("m"), [Path("d")], **options)
+        return [finetune.rate_factor(config, 10, step) for step in range(10)]
+
+    assert factors(warmup_ratio=0.25) == factors(warmup_steps=3) == [0.25, 0.5, 0.75] + [1.0] * 7
+    assert factors(warmup_ratio=0.25, warmup_steps=1) == factors(warmup_steps=1)
+    with pytest.raises(ValueError, match=r"--warmup_ratio must be in \[0, 1\), got 1.0"):
+        factors(warmup_ratio=1.0)
+
+
 def test_the_schedule_is_what_the_optimizer_gets(run: Callable[..., Path]) -> None:
     rows = metrics(run(learning_rate=0.01, warmup_steps=1, lr_scheduler_type="linear", max_steps=5))
     assert [row["learning_rate"] for row in rows] == pytest.approx([0.005, 0.01, 0.0075, 0.005, 0.0025])

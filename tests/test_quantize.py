@@ -783,7 +783,10 @@ def test_weights_decode_to_the_bits_of_bitsandbytes(
     else:
         parts = quantize(w, levels(name), block_size)
         ours = decode(*parts, w.shape, block_size, dtype, name)
-    assert_equal([ours], [bnb_decode(bnb, parts, tuple(w.shape), block_size, dtype, name)])
+    theirs = bnb_decode(bnb, parts, tuple(w.shape), block_size, dtype, name)
+    if dtype == torch.bfloat16:  # for which some CPUs have an instruction, and it knows no denormal numbers
+        ours, theirs = (torch.where(part.abs() < 2**-126, 0, part) for part in (ours, theirs))
+    assert_equal([ours], [theirs])
 
 
 @settings(max_examples=150, deadline=None)

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     ),
     "8-bit": dict(optim="paged_adamw_8bit", lora_r=64, lora_dropout=0.1, gradient_accumulation_steps=1),
     "paged": dict(paged="always", page_bytes=1024, bits=16),
+    "narrow": dict(adapter_dtype="bfloat16", use_dora="true", gradient_checkpointing="offload"),
     "evaluated": dict(val_size=3, eval_steps=2, logging_steps=2, dtype="bfloat16", lora_dropout=0.1),
 }
 
@@ -107,6 +109,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         ("cosine", 2),
         ("8-bit", 1),
         ("paged", 3),
+        ("narrow", 2),
         ("evaluated", 3),
     ],
 )
@@ -152,14 +155,36 @@ def test_more_steps_may_be_asked_for_and_fewer_than_done_are_refused(
     run: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut(run, monkeypatch, "run", after=2, max_steps=3)
-    for steps in (1, 2):
-        with pytest.raises(SystemExit) as stop:
-            run("run", max_steps=steps, resume_from_checkpoint="latest")
-        assert stop.value.code == 2
-        assert f"error: the run has done 2 of {steps} steps already; ask for more" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        run("run", max_steps=1, resume_from_checkpoint="latest")
+    assert stop.value.code == 2
+    assert "error: the run has done 2 of 1 steps already; ask for more" in capsys.readouterr().err
     run("run", max_steps=5, resume_from_checkpoint="latest")
     run("undisturbed", max_steps=5)
     assert_same(Path("run"), Path("undisturbed"))
+
+
+def test_a_run_that_has_come_to_its_end_can_be_made_longer(
+    run: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("run", max_steps=3, save_steps=2)
+    assert [path.name for path in checkpoints(Path("run"))] == ["checkpoint-3", "checkpoint-2"]
+    with pytest.raises(SystemExit):
+        run("run", max_steps=3, save_steps=2, resume_from_checkpoint="latest")
+    assert "the run has done 3 of 3 steps already; ask for more" in capsys.readouterr().err
+    assert Path("run/completed").exists()
+    run("run", max_steps=5, save_steps=2, resume_from_checkpoint="latest")
+    run("undisturbed", max_steps=5)
+    assert_same(Path("run"), Path("undisturbed"))
+
+
+def test_a_run_that_was_killed_after_its_last_step_comes_to_its_end(run: Train) -> None:
+    run("whole", max_steps=2, save_steps=2)
+    shutil.copytree("whole", "killed")
+    for name in ("completed", "adapter_model.safetensors", "adapter_config.json"):
+        Path("killed", name).unlink()
+    run("killed", max_steps=2, save_steps=2, resume_from_checkpoint="latest")
+    assert_same(Path("killed"), Path("whole"))
 
 
 # Another value for every option that changes the arithmetic.
@@ -195,13 +220,16 @@ OTHER_VALUES: dict[str, Any] = {
     "learning_rate": 0.02,
     "lr_scheduler_type": "linear",
     "warmup_steps": 1,
+    "warmup_ratio": 0.1,
     "max_grad_norm": 0.1,
     "adam_beta2": 0.9,
     "weight_decay": 0.1,
     "optim": "paged_adamw_8bit",
+    "adapter_dtype": "bfloat16",
     "dtype": "bfloat16",
     "device": "cpu",
     "seed": 1,
+    "deterministic": True,
 }
 
 
@@ -267,7 +295,7 @@ def test_what_cannot_be_gone_on_with_is_named(
     assert "run: no checkpoint to go on from: run/checkpoint-1/adapter_model.safetensors: damaged" in line
     flip_a_byte(path / "adapter_model.safetensors")
     run(**latest)
-    assert "run: that run has come to its end" in refused(run, capsys, **latest)
+    assert "run: that run has come to its end, and left no checkpoint" in refused(run, capsys, **latest)
 
 
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "adapter_model.safetensors", "state.json"])
@@ -395,10 +423,10 @@ def test_so_many_checkpoints_are_kept_and_the_best_besides(
 ) -> None:
     score(monkeypatch, [9, 5, 3, 4, 4, 4, 4])
     run("run", max_steps=6, save_steps=1, eval_steps=1, val_size=2)
-    assert [path.name for path in checkpoints(Path("run"))] == [f"checkpoint-{i}" for i in (5, 4, 2)]
+    assert [path.name for path in checkpoints(Path("run"))] == [f"checkpoint-{i}" for i in (6, 5, 2)]
     score(monkeypatch, [9, 5, 3, 4, 4, 4, 4])
     run("one", max_steps=6, save_steps=1, save_total_limit=1)
-    assert [path.name for path in checkpoints(Path("one"))] == ["checkpoint-5"]
+    assert [path.name for path in checkpoints(Path("one"))] == ["checkpoint-6"]
 
 
 @pytest.mark.parametrize("load_best", ["false", "true"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -255,3 +256,27 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert done.returncode == 143
+
+
+# -- memory ------------------------------------------------------------------------------------------------
+
+FAULTS = """
+import resource
+import torch
+from minqlora.run import keep_freed_memory
+keep_freed_memory()
+for step in range(20):
+    if step == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2**20) for _ in range(16)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_memory_that_is_freed_is_not_fetched_from_the_system_again() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 1000  # 163,520 as glibc is set
