@@ -5,8 +5,8 @@
     python scripts/bench.py train --cases growth curve
 
 QLoRA steps with adapters of rank 16 on every linear layer, in float32: four examples of GSM8K a step, with
-and without checkpointing, and a row of random tokens that are all supervised. Ours, ours unquantized, and
-transformers + PEFT + bitsandbytes train on the same tokens from the same adapter. Ours lays examples end to
+and without checkpointing, and a row of random tokens that are all supervised. Ours and transformers + PEFT +
+bitsandbytes train on the same tokens from the same adapter, and ours unquantized on the random ones too. Ours lays examples end to
 end, the peer pads them to the longest, as its collator does; tokens that are padding count for nobody. They
 take turns, each time in a process of its own, because peak memory is a process's and a shared machine drifts:
 a ratio is the median over rounds of two runs that were neighbours. Leave the machine otherwise idle.
@@ -78,8 +78,8 @@ class Case:
 GROWTH: dict[str, Any] = dict(steps=2, rounds=1, contenders=("minqlora", "peer"))
 CASES = {
     "main": {
-        "gsm8k": Case("gsm8k", 4),
-        "gsm8k-checkpointed": Case("gsm8k", 4, checkpointing=True),
+        "gsm8k": Case("gsm8k", 4, contenders=("minqlora", "peer")),
+        "gsm8k-checkpointed": Case("gsm8k", 4, checkpointing=True, contenders=("minqlora", "peer")),
         "random": Case(),
     },
     "growth": {
