@@ -38,10 +38,11 @@ An adapter is the set of modules that stand in the base's places. They hold the 
 so a model can have several adapters, and to switch is to put modules back.
 
 Shapes and dtypes: lora_A (r, K) and lora_B (N, r), stored in float32 whatever the compute dtype, because
-steps of 2e-4 vanish in bfloat16; both products run in the dtype of X. Cost: r (N + K) parameters and
-2 T r (N + K) FLOPs forward, a few percent of the base product. Saved for backward: X and X @ lora_A.T, a
-dropout's mask, both matrices cast if X is not float32; nothing of the base. DoRA adds N parameters, a second
-decoding of W with 2 r N K FLOPs in float32, and saves Y.
+steps of 2e-4 vanish in bfloat16 (`store_adapters` halves them all the same); both products run in the dtype
+of X. Cost: r (N + K) parameters and 2 T r (N + K) FLOPs forward, a few percent of the base product. Saved for
+backward: X @ lora_A.T, and X or what X can be made from again if others save that anyway (`made_by`: the two
+factors of SwiGLU, say); a dropout's mask, both matrices cast if X is of another dtype; nothing of the base.
+DoRA adds N parameters, a second decoding of W with 2 r N K FLOPs in float32, and saves Y.
 
 Differences. The paper and PEFT keep the base layer as a child of the adapter layer; here `LoRALinear` takes
 the layer's place and keeps its weight under the same name, so that a checkpoint's names stay valid. PEFT runs
@@ -323,7 +324,8 @@ class AdaptedProduct(torch.autograd.Function):
             z = saved[0] if ctx.make is None else ctx.make(*saved).reshape(-1, A.shape[1])
             grad_A = grad_a.T @ z  # (r, T) @ (T, K) -> (r, K)
         if of_B:
-            grad_B = (grad_y.T @ a).mul_(ctx.scaling)  # (N, T) @ (T, r) -> (N, r)
+            # Turned round: a product of so few columns takes twice the time of one of so few rows.
+            grad_B = (a.T @ grad_y).T.mul(ctx.scaling)  # (r, T) @ (T, N) -> (r, N), and its transpose
         return grad_x, grad_z, None, None, grad_A, grad_B, None, None, *[None] * len(saved)
 
 

@@ -243,21 +243,23 @@ def product(x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> None:
     """Write x @ weight.T to `out`, or add it: (T, K) @ (K, N) -> (T, N), of any strides.
 
     Float32 on a CPU goes to oneDNN, which is a tenth faster than what PyTorch calls for `mm`. It prepares
-    itself for each new number of rows, which takes time and memory that is kept; so it gets the same number
-    always, and `mm` the rest.
+    itself for each new number of rows, which takes time and memory that is kept; so it gets the same few
+    numbers always, and `mm` the rest.
     """
-    is_quick = x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn()
-    n_quick = len(x) // TOKENS * TOKENS if is_quick else 0
-    for start in range(0, n_quick, TOKENS):
-        y = torch.ops.mkldnn._linear_pointwise(x[start : start + TOKENS], weight, None, "none", [], "")
-        some = out[start : start + TOKENS]
-        some.add_(y) if add else some.copy_(y)
-    if n_quick < len(x):
-        rest = out[n_quick:]
-        if add:
-            rest.addmm_(x[n_quick:], weight.T)
-        else:
-            torch.mm(x[n_quick:], weight.T, out=rest)
+    done = 0
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn():
+        for size in (TOKENS, TOKENS // 4):
+            while done + size <= len(x):
+                some = slice(done, done + size)
+                y = torch.ops.mkldnn._linear_pointwise(x[some], weight, None, "none", [], "")
+                out[some].add_(y) if add else out[some].copy_(y)
+                done += size
+    if done == len(x):
+        return
+    if add:
+        out[done:].addmm_(x[done:], weight.T)
+    else:
+        torch.mm(x[done:], weight.T, out=out[done:])
 
 
 @cache
@@ -267,7 +269,9 @@ def _has_onednn() -> bool:
 
 
 def _multiply(x: Tensor, n_rows: int, tiles: Tiles) -> Tensor:
-    y = x.new_empty(len(x), n_rows)  # (T, N)
+    # Logits, say, are more than an allocator keeps: then on huge pages.
+    is_large = len(x) * n_rows * x.itemsize > 2**25
+    y = empty((len(x), n_rows), x.dtype, x.device) if is_large else x.new_empty(len(x), n_rows)  # (T, N)
     for rows, tile in tiles:
         if _is_single(x):
             # A core multiplies the rows that it has decoded. In mm cores read one another's, and where they

@@ -73,6 +73,7 @@ class Setup:
     stored_dtype: torch.dtype = torch.bfloat16  # of embeddings and head, which stay as they are in the files
     adapter_dtype: torch.dtype = torch.float32
     gradient_checkpointing: bool = True
+    offload: bool = False  # the inputs of checkpointed blocks wait in host memory
     per_device_train_batch_size: int = 1
     max_seq_length: int = 1024
     gradient_accumulation_steps: int = 16
@@ -167,7 +168,8 @@ def _plan(model: CausalLM, setup: Setup, *, paged: bool) -> Plan:
     stays = D + rotary_bytes(arch, setup)  # of the last norm, and for every block
     before = gradients if setup.gradient_accumulation_steps > 1 else 0  # of an earlier micro-batch
     if setup.gradient_checkpointing:
-        kept, again = D * len(saved), max(saved, default=0)
+        away = setup.offload and setup.device != "cpu"  # but for one that is used and one on its way
+        kept, again = D * (min(len(saved), 2) if away else len(saved)), max(saved, default=0)
     else:
         kept, again = sum(saved), 0
     first = D + (again or max(saved, default=0))

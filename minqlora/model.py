@@ -18,7 +18,8 @@ or carries an adapter is not this chapter's business.
 Two things are not as in a textbook. Documents: several examples can stand end to end in one row; `lengths`
 says where each ends, attention never crosses the seam, and positions start again at 0. That takes the place
 of padding. And memory: RMSNorm and SwiGLU save for backward only what they cannot recompute for next to
-nothing.
+nothing, and adapters make their inputs again of that (`made_by`). A block's input can be all that stays of it
+(`gradient_checkpointing`), and that can wait in host memory (`HostInputs`).
 
 Shapes and dtypes: input_ids (B, T) int64; the residual stream (B, T, D) in the compute dtype. Norms are taken
 in float32. Embeddings and head stay in the checkpoint's dtype and are cast where they are used.
@@ -448,11 +449,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The last Hd - Rd numbers of a head stay as they are.
     """
+    return Rotate.apply(x, cos, sin)
+
+
+class Rotate(torch.autograd.Function):
+    """`rotate` in fewer passes over its numbers than plain operations make, and nothing saved but angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return x turned."""
+        ctx.save_for_backward(cos, sin)
+        return _turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient turned back."""
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin), None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Rd = cos.shape[-1]
-    turned, rest = x[..., :Rd], x[..., Rd:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
-    return turned if rest.shape[-1] == 0 else torch.cat([turned, rest], dim=-1)
+    half = Rd // 2
+    first, second = x[..., :half], x[..., half:Rd]
+    y = x * cos if x.shape[-1] == Rd else torch.cat([x[..., :Rd] * cos, x[..., Rd:]], dim=-1)
+    # Each product rounded by itself, as in other implementations; it matters in 16 bits.
+    y[..., :half].sub_(second * sin[..., :half])
+    y[..., half:Rd].add_(first * sin[..., half:])
+    return y
 
 
 class MLP(nn.Module):
@@ -601,4 +625,4 @@ class Normalize(torch.autograd.Function):
         y, reciprocal_rms = ctx.saved_tensors
         y32, grad32 = y.float(), grad.float()
         along = (grad32 * y32).mean(-1, keepdim=True)
-        return ((grad32 - y32 * along) * reciprocal_rms).to(ctx.dtype), None, None
+        return torch.addcmul(grad32, y32, along, value=-1).mul_(reciprocal_rms).to(ctx.dtype), None, None

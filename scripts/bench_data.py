@@ -5,9 +5,9 @@
 
 GSM8K's rows (the demo's where that is not there), numbered and repeated to --rows of them, over 1 GB by
 default, are read, written with the chat template, tokenized and kept on disk, beside the tokenizers library's
-own `encode_batch` on the first of the same texts. Then finetune.py does a few steps on that file and on one of
-2,000 rows:
-the peak memory of both should be the same. The last line of output is the JSON that --output writes.
+own `encode_batch` on the first of the same texts. Then finetune.py does a few steps on that file and on one
+of 2,000 rows: the peak memory of both should be the same. The last line of output is the JSON that --output
+writes.
 """
 
 import itertools

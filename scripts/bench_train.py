@@ -6,10 +6,10 @@
 
 QLoRA steps with adapters of rank 16 on every linear layer, in float32: four examples of GSM8K a step, with
 and without checkpointing, and a row of random tokens that are all supervised. Ours and transformers + PEFT +
-bitsandbytes train on the same tokens from the same adapter, and ours unquantized on the random ones too. Ours lays examples end to
-end, the peer pads them to the longest, as its collator does; tokens that are padding count for nobody. They
-take turns, each time in a process of its own, because peak memory is a process's and a shared machine drifts:
-a ratio is the median over rounds of two runs that were neighbours. Leave the machine otherwise idle.
+bitsandbytes train on the same tokens from the same adapter, and ours unquantized on the random ones too. Ours
+lays examples end to end, the peer pads them to the longest, as its collator does; padding counts for nobody.
+They take turns, each time in a process of its own, because peak memory is a process's and a shared machine
+drifts: a ratio is the median over rounds of two runs that were neighbours. Leave the machine otherwise idle.
 
 `growth` is how time and memory grow with the length of a row, with the batch and with the model; `curve` is
 the loss of both over 100 steps. The last line of output is the JSON that --output writes.

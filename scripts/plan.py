@@ -20,7 +20,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 
 import finetune
-from finetune import choose_device, gib
+from finetune import choose_device
 from minqlora.architecture import Architecture, architecture_from_config, read_architecture, read_config
 from minqlora.checkpoint import default_dtype, find_model, free_memory
 from minqlora.loss import CHUNK
@@ -37,6 +37,7 @@ from minqlora.memory import (
 )
 from minqlora.model import CausalLM
 from options import REQUIRED, option, parse, user_errors
+from planning import gib, memory_setup
 
 # What config.json says of the models of the paper and of their successors; all are Llamas in 16 bits.
 SIZES = (
@@ -139,7 +140,7 @@ def read_request(config: Any) -> Request:
             raise ValueError(f"--memory {config.memory} is no more than --reserve {config.reserve}")
     if run.dtype:
         dtype = getattr(torch, run.dtype)
-    setup = finetune.memory_setup(run, kind, dtype, stored)
+    setup = memory_setup(run, kind, dtype, stored)
     setup = replace(setup, adapter_dtype=getattr(torch, config.adapter_dtype))
     return Request(config.model, arch, setup, memory, where)
 

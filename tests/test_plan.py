@@ -12,6 +12,7 @@ import torch
 
 import finetune
 import plan
+import planning
 from minqlora.memory import plan_memory, skeleton
 from options import parse
 
@@ -236,7 +237,7 @@ def test_a_dry_run_says_what_is_wrong_with_the_options(
 def test_a_run_that_surely_cannot_fit_is_refused_before_anything_is_read(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(finetune, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 1000)
     monkeypatch.setattr(finetune, "load_model", lambda *_, **__: pytest.fail("read"))
     ends(2, train)
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
@@ -253,7 +254,7 @@ def test_a_run_that_may_not_fit_is_warned(
     short = dict(gradient_checkpointing="false", max_seq_length=1024)
     ends(0, train, dry_run="true", **short)
     assert "warning" not in capsys.readouterr().err
-    monkeypatch.setattr(finetune, "free_memory", lambda device: 5_000_000)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 5_000_000)
     ends(0, train, dry_run="true", **short)
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
     assert "more than what is free; if memory runs out, try " in line
@@ -263,7 +264,7 @@ def test_a_run_that_may_not_fit_is_warned(
 def test_the_way_out_that_saves_most_comes_first(tiny_model: Path) -> None:
     def ways(**changes: Any) -> list[str]:
         config = finetune.Config(model=tiny_model, dataset=[Path("rows")], **changes)
-        return finetune.what_saves_memory(config, tiny_model, torch.device("cpu"), torch.float32)
+        return planning.what_saves_memory(config, tiny_model, torch.device("cpu"), torch.float32)
 
     assert ways(max_seq_length=8192, gradient_checkpointing="false")[0] == "a smaller --max_seq_length"
     assert ways(max_seq_length=64, lora_r=512)[:2] == ["--optim paged_adamw_8bit", "a smaller --lora_r"][::-1]
