@@ -681,11 +681,40 @@ def test_the_real_command_refuses_in_one_line_with_code_2(
 def test_the_demos_training_stays_below_a_gigabyte_and_a_half(
     demo_model: Path, docstrings: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "scripts/finetune.py", "--config", "scripts/configs/demo.yaml"]
-    command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--max_eval_samples", "16"]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    peak = max(row["peak_memory_gib"] for row in metrics(tmp_path / "run") if "loss" in row)
+    rows = run_demo(tmp_path / "run", "--max_steps", "4", "--max_eval_samples", "16")
+    peak = max(row["peak_memory_gib"] for row in rows if "loss" in row)
     assert 0.3 < peak * 2**30 / 1e9 <= 1.5
+
+
+def run_demo(folder: Path, *flags: str) -> list[dict[str, Any]]:
+    """Train on the demo's data in a process of its own; return the metrics."""
+    command = [sys.executable, "scripts/finetune.py", "--config", "scripts/configs/demo.yaml"]
+    subprocess.run([*command, "--output_dir", str(folder), *flags], cwd=ROOT, check=True, capture_output=True)
+    return metrics(folder)
+
+
+@pytest.mark.slow  # two minutes
+def test_moments_of_8_bits_reach_the_loss_of_32(
+    demo_model: Path, docstrings: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = ["--max_steps", "20", "--max_eval_samples", "32"]
+    wide = run_demo(tmp_path / "wide", *flags, "--optim", "paged_adamw_32bit")
+    narrow = run_demo(tmp_path / "narrow", *flags, "--optim", "paged_adamw_8bit")
+    assert wide[-1]["eval_loss"] < 0.8 * wide[0]["eval_loss"]
+    assert narrow[-1]["eval_loss"] == pytest.approx(wide[-1]["eval_loss"], rel=0.01)
+
+
+@pytest.mark.slow  # a minute
+def test_memory_does_not_grow_over_a_thousand_steps(tiny_model: Path, tmp_path: Path) -> None:
+    lengths = [3 + 7 * i % 60 for i in range(300)]
+    rows = [{"prompt": f"Count {n}.", "completion": " ".join(["one"] * n)} for n in lengths]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    command = [sys.executable, "scripts/finetune.py", "--model", str(tiny_model), "--packing", "false"]
+    command += ["--dataset", str(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "run")]
+    command += ["--max_steps", "1000", "--gradient_accumulation_steps", "2", "--dtype", "float32"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    peaks = {row["step"]: row["peak_memory_gib"] for row in metrics(tmp_path / "run") if "loss" in row}
+    assert peaks[1000] < 1.02 * peaks[100]
 
 
 # -- what goes wrong on the way ----------------------------------------------------------------------------

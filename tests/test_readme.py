@@ -86,3 +86,17 @@ def test_the_python_runs(code: str) -> None:
     names |= dict(input_ids=torch.arange(8)[None], dense=weight, x=torch.randn(3, 128))
     names |= dict(buffer=torch.empty(64, 128), module=module, returns=torch.randn(100).numpy() / 50)
     exec(code.replace('"ANOTHER"', '"runs/MODEL-1"'), names)
+
+
+@pytest.mark.parametrize(
+    "row", re.findall(r"\| `(llama-\d+b)` \| (\d+GB) \| ([\d.]+) GiB \| (.*) \|", README)
+)
+def test_the_recipes_are_what_the_plan_says(
+    row: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, card, planned, moments = row
+    run(f"python scripts/plan.py {model} --memory {card} --max_seq_length 512 --json", monkeypatch)
+    plan = json.loads(capsys.readouterr().out)["plans"]["qlora"]
+    assert f"{plan['total'] / 2**30:.1f}" == planned
+    on_host = plan["on_host"] / 2**30
+    assert moments == (f"{on_host:.1f} GiB in host memory" if on_host else "on the card")
