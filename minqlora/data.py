@@ -311,7 +311,7 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Row]:
                     raise ValueError(
                         f"{where}: expected a JSON object a line; a file of one list is called .json"
                     )
-                yield Row(where, _object(_parse_json(line, where), where))
+                yield Row(where, parse_row(line, where))
 
 
 def _read_json(chunk: Chunk) -> Iterator[Row]:
@@ -327,6 +327,11 @@ def _read_json(chunk: Chunk) -> Iterator[Row]:
     for number, row in enumerate(content, start=1):
         where = f"{path}: item {number}"
         yield Row(where, _object(row, where))
+
+
+def parse_row(line: str, where: str) -> dict[str, Any]:
+    """Return the object in a line of JSON; ValueError, beginning with `where`, if there is none."""
+    return _object(_parse_json(line, where), where)
 
 
 def _parse_json(text: str, where: str) -> Any:

@@ -223,11 +223,11 @@ class LoRALinear(nn.Module):
     def _adapted(self, x: Tensor, flat: Tensor, bias: Tensor | None) -> Tensor:
         A, B = (self.lora_A, self.lora_B) if self.enabled else (self.initial_A, self.initial_B)
         assert A is not None and B is not None
-        z = self.dropout(flat) if self.enabled else flat
-        make, sources = made_from(x) if z is flat else (None, ())
         A, B = A.to(x.dtype), B.to(x.dtype)
-        z_or_none = None if z is flat else z
-        return AdaptedProduct.apply(flat, z_or_none, self.weight, bias, A, B, self.scaling, make, *sources)
+        z = self.dropout(flat) if self.enabled else flat
+        if z is not flat:
+            return AdaptedProduct.apply(flat, z, self.weight, bias, A, B, self.scaling, None)
+        return AdaptedProduct.apply(flat, None, self.weight, bias, A, B, self.scaling, *made_from(x))
 
     def row_norm(self) -> Tensor:
         """Return the norms (N,) float32 of the rows of W + scaling B A, by the three parts of their squares.
@@ -345,13 +345,13 @@ def made_by(x: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
     An adapter that is given x then saves for its backward not x but `sources`, which others save anyway.
     """
     if not torch.compiler.is_compiling():  # what is saved is the compiler's to decide
-        x.made_by = make, sources  # type: ignore[attr-defined]
+        x.made_by = make, *sources  # type: ignore[attr-defined]
     return x
 
 
-def made_from(x: Tensor) -> tuple[Callable[..., Tensor] | None, tuple[Tensor, ...]]:
-    """Return what `made_by` has noted of x: how it can be made again, and of what; None if nothing."""
-    return getattr(x, "made_by", (None, ()))
+def made_from(x: Tensor) -> tuple[Any, ...]:
+    """Return what `made_by` has noted of x: how it can be made again, and each source; None if nothing."""
+    return getattr(x, "made_by", (None,))
 
 
 class TrainedTokens(nn.Module):

@@ -32,7 +32,7 @@ from bench_load import LLAMA_2_7B, make_checkpoint
 from demo_assets import fetch_model
 from finetune import accumulate_gradients
 from minqlora import PagedAdamW, add_lora, load_adapter, load_model, save_adapter
-from minqlora.batch import Batch, collate, tokenize
+from minqlora.batch import collate, tokenize
 from minqlora.data import IGNORE, Example
 from minqlora.run import keep_freed_memory, peak_memory_gib
 from minqlora.tokenizer import Tokenizer
@@ -242,16 +242,11 @@ def measure(
     total = sum(seconds[1:])
     return {
         "tokens_per_s": sum(sum(batch.lengths) for batch in timed) / total,
-        "supervised_per_s": sum(map(supervised, timed)) / total,
+        "supervised_per_s": sum(batch.supervised for batch in timed) / total,
         "step_s": statistics.median(seconds[1:]),
         "peak_mb": peak_memory_gib(device) * 2**30 / 1e6,
         "losses": losses,
     }
-
-
-def supervised(batch: Batch) -> int:
-    """Return the number of positions of a batch that carry loss."""
-    return batch.supervised
 
 
 # ---- all in turn -------------------------------------------------------------------------------------------

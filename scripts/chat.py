@@ -31,7 +31,7 @@ from finetune import choose_device
 from minqlora import generate, generate_batch, load_adapter, load_model, set_adapter
 from minqlora.checkpoint import default_dtype, find_model
 from minqlora.codebook import QUANT_TYPES
-from minqlora.data import encode_prompt
+from minqlora.data import encode_prompt, parse_row
 from minqlora.generate import PrefixCache, Sampling
 from minqlora.lora import adapters_disabled
 from minqlora.model import CausalLM
@@ -515,13 +515,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises ValueError, naming file and line, for what is no JSON object.
     """
     for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number}: expected a JSON object, got {type(row).__name__}")
-        yield number, row
+        yield number, parse_row(line, f"{path}: line {number}")
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -903,11 +903,8 @@ def train(run: Run, stop: StopRequest) -> int:
             bar.update()
             now = time.perf_counter()
             if run.step % config.logging_steps == 0 or last:
-                row = {
-                    "step": run.step,
-                    "epoch": round(epoch, 4),
-                    "loss": loss,
-                    "grad_norm": grad_norm,
+                row = {"step": run.step, "epoch": round(epoch, 4), "loss": loss, "grad_norm": grad_norm}
+                row |= {
                     "learning_rate": rates[0] * factor,
                     "tokens_per_second": window_tokens / (now - window_began),
                     "num_tokens": run.num_tokens,
@@ -938,21 +935,25 @@ def train(run: Run, stop: StopRequest) -> int:
                 go_on = resume_command(run)
                 print(f"{why}: step {run.step} is saved; go on with\n  {go_on}", file=sys.stderr)
                 return 0 if stop.number is None else stop.exit_code
+    finish(run, norms)
+    seconds, peak = time.perf_counter() - began, peak_memory_gib(model.device)
+    print(f"saved     {folder}, after {seconds:.0f} s; peak memory {peak:.2f} GiB")
+    return 0
+
+
+def finish(run: Run, norms: dict[str, float]) -> None:
+    """Write what a run leaves at its end, and check it. norms: of the last gradients, by kind of layer."""
+    folder = run.folder
     if run.samples and run.samples.step < run.step:  # stopped for want of patience
         log_samples(run)
     write_adapter(run, folder)
-    if config.save_steps and folder / f"checkpoint-{run.step}" not in checkpoints(folder):
+    if run.config.save_steps and folder / f"checkpoint-{run.step}" not in checkpoints(folder):
         save(run)  # from which it can be made longer
     print_sanity(run, norms)
     print_memory(run)
-    if config.load_best:
+    if run.config.load_best:
         take_best(run)
     write_atomically(folder / "completed", f"{run.step}\n".encode())
-    print(
-        f"saved     {folder}, after {time.perf_counter() - began:.0f} s; "
-        f"peak memory {peak_memory_gib(model.device):.2f} GiB"
-    )
-    return 0
 
 
 def step_bar(step: int, total_steps: int) -> tqdm:

@@ -66,7 +66,7 @@ METHODS: dict[Method, str] = {"qlora": "QLoRA", "lora": "LoRA", "full": "full"}
 OF_A_RUN = """
     quant_type double_quant block_size quantize_embeddings lora_r lora_target_modules lora_rank_pattern
     layers_to_transform lora_dropout use_dora modules_to_save max_seq_length per_device_train_batch_size
-    gradient_accumulation_steps gradient_checkpointing optim paged page_bytes dtype
+    gradient_accumulation_steps gradient_checkpointing adapter_dtype optim paged page_bytes dtype
 """.split()  # noqa: SIM905 (a list of forty quotes)
 
 
@@ -85,9 +85,6 @@ class OwnConfig:
     )
     reserve: str = option(
         "0.5GB", "what the driver takes of --memory, and an allocator's gaps; nothing of it is planned"
-    )
-    adapter_dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "dtype of adapters and their gradients; their moments are float32 all the same"
     )
     json: bool = option(False, "print the plan as JSON instead")
 
@@ -141,7 +138,6 @@ def read_request(config: Any) -> Request:
     if run.dtype:
         dtype = getattr(torch, run.dtype)
     setup = memory_setup(run, kind, dtype, stored)
-    setup = replace(setup, adapter_dtype=getattr(torch, config.adapter_dtype))
     return Request(config.model, arch, setup, memory, where)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import write_llama, write_tokenizer
+from conftest import begin_texts, write_llama, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,18 +150,7 @@ def test_a_beginning_of_text_token_stands_before_each_window_and_all_tokens_coun
 ) -> None:
     folder = tmp_path / "begins"
     shutil.copytree(tiny_model, folder)
-    path = folder / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [
-            {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}},
-            {"Sequence": {"id": "A", "type_id": 0}},
-        ],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
-    }
-    path.write_text(json.dumps(content))
+    begin_texts(folder)
     text = write(tmp_path / "text.txt", TEXT[:50])
     document = measure("--text", str(text), of=("--model", str(folder), "--bits", "16"))
     ids = torch.tensor([[1, *Tokenizer(folder).encode(TEXT[:50])]])
