@@ -9,6 +9,7 @@ quant    quantizing, dequantizing and the NF4 linear layer: speed, against bitsa
 error    what each 4-bit code loses, on normal numbers and on a real model
 data     a dataset of 2 million rows: time to prepare it, and memory to train on it
 load     a 7B-shaped checkpoint into 4 bits: time and peak memory, against transformers + bitsandbytes
+gpu      all that only a GPU can tell, in stages: kernels, training, memory, decoding, tests, the demo
 
 Each prints a table for people and, as the last line of output, the JSON document that --output writes too.
 """
@@ -36,7 +37,8 @@ from options import user_errors
 
 DOOR = Path(__file__).resolve()  # what a benchmark starts to have a process of its own
 ROOT = DOOR.parent.parent
-BENCHMARKS = ("train", "quant", "error", "load", "data")  # each is the module bench_NAME beside this one
+# Each is the module bench_NAME beside this one.
+BENCHMARKS = ("train", "quant", "error", "load", "data", "gpu")
 
 
 def main() -> None:

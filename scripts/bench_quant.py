@@ -132,7 +132,7 @@ def bitsandbytes() -> Contender:
         n, k = weight.shape
         layer = Linear4bit(k, n, bias=False, compute_dtype=weight.dtype, **options)
         layer.weight = Params4bit(weight, requires_grad=False, **options)
-        return layer.to("cpu").train()  # .to() is where it quantizes
+        return layer.to(weight.device).train()  # .to() is where it quantizes
 
     return Contender(
         lambda weight: functional.quantize_4bit(weight, **options),
