@@ -57,7 +57,8 @@ def outcomes(report: Path) -> dict[str, list[str]]:
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         kinds = {child.tag for child in case}
         outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        ended[outcome].append(f"{case.get('classname')}.{case.get('name')}")
+        file = case.get("classname", "").rpartition(".")[2]
+        ended[outcome].append(f"{file}.{case.get('name')}")
     return ended
 
 
