@@ -37,7 +37,7 @@ lint: .venv/.test ## check style, formatting and types: ruff, mypy
 	.venv/bin/python -m mypy
 
 # Without ARGS, the training step: make bench ARGS="quant --output docs/results/quant_cpu.json"
-bench: .venv/.test ## measure on this machine; ARGS names what: train, quant, error or load, and its options
+bench: .venv/.test ## measure on this machine; ARGS names what: train, quant, error, load, data or gpu, and its options
 	.venv/bin/python scripts/bench.py $(or $(ARGS),train)
 
 figures: .venv/.test ## redraw the figures of the README

@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
 def lines_of(stage: Stage, config: Config) -> Iterator[Line]:
     """Yield what the device is, then the rows of a stage as they are measured."""
     device = choose_device(config.device)
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # whose streams and events are meant where none is named
     yield {"device": describe(device)}
     measure = getattr(importlib.import_module(MODULES[stage]), stage)

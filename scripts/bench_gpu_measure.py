@@ -17,7 +17,9 @@ import torch
 from minqlora.run import peak_memory_gib
 
 OUT_OF_MEMORY = "out of memory"
-FLUSHED = 2**28  # bytes written between timed calls: more than any GPU's second-level cache holds
+# Bytes written between timed calls: more than a second-level cache holds, and as long as it takes the host to
+# launch what is timed. What is measured is then the device's time.
+FLUSHED = 2**30
 
 Line = dict[str, Any]  # a row, or {"skipped": what was not measured, and why}
 T = TypeVar("T")
@@ -134,16 +136,22 @@ def copy_bandwidth(device: torch.device, n_bytes: int, rounds: int) -> float:
 
 
 def start_afresh(device: torch.device) -> None:
-    """Give back what nobody holds any more, and begin to look for the peak of memory anew."""
+    """Give back what nobody holds any more: the next contender is to find an empty device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+
+
+def forget_peak(device: torch.device) -> None:
+    """Look for the peak of memory from here on. What the next step will reuse stays where it is."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the peak of what was allocated since `start_afresh`; on a CPU the process's, since it began."""
+    """Return the peak of what was allocated since `forget_peak`; on a CPU the process's, since it began."""
     synchronize(device)
     return peak_memory_gib(device)
 

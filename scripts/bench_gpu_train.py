@@ -25,6 +25,7 @@ from bench_gpu_measure import (
     Timer,
     as_row,
     copy_bandwidth,
+    forget_peak,
     peak_gib,
     start_afresh,
     tried,
@@ -153,7 +154,7 @@ def steps_of(step: Step, tokens: int, count: int, device: torch.device) -> Found
     timer = Timer(device)
     for _ in range(WARM_UP):
         loss = step()
-    start_afresh(device)
+    forget_peak(device)
     times = [timer(step) for _ in range(count)]
     assert 0 < loss < 100, f"the loss is {loss}: that is no training"
     return Found(1000 * tokens / statistics.median(times), peak_gib(device))
@@ -162,25 +163,20 @@ def steps_of(step: Step, tokens: int, count: int, device: torch.device) -> Found
 def planned(sizes: Sizes, mode: str, device: torch.device) -> float:
     """Return the GiB that minqlora/memory.py plans for a mode of `train`."""
     checkpointing, offload = MODES[mode]
+    rows = dict(per_device_train_batch_size=sizes.rows, max_seq_length=sizes.length)
+    return plan_gib(sizes.model, device, gradient_checkpointing=checkpointing, offload=offload, **rows)
+
+
+def plan_gib(name: str, device: torch.device, **fields: Any) -> float:
+    """Return the GiB planned for a model with one micro-batch a step. fields: others of `Setup`."""
     setup = Setup(
-        gradient_checkpointing=checkpointing,
-        offload=offload,
-        per_device_train_batch_size=sizes.rows,
-        max_seq_length=sizes.length,
+        adapter=LoRAConfig(r=RANK, alpha=ALPHA),
+        dtype=default_dtype(device),
+        stored_dtype=default_dtype(device),
+        gradient_accumulation_steps=1,
+        device=device.type,
+        **fields,
     )
-    return plan_gib(sizes.model, setup, device)
-
-
-def plan_gib(name: str, setup: Setup, device: torch.device, **changes: Any) -> float:
-    """Return the GiB planned for a model: this machine's, one micro-batch a step."""
-    facts = vars(setup) | {
-        "adapter": LoRAConfig(r=RANK, alpha=ALPHA),
-        "dtype": default_dtype(device),
-        "stored_dtype": default_dtype(device),
-        "gradient_accumulation_steps": 1,
-        "device": device.type,
-    }
-    setup = Setup(**(facts | changes))
     return plan_memory(skeleton(architecture(name), setup), setup).total / 2**30
 
 
@@ -231,8 +227,8 @@ def memory_rows(
         )
 
     found, reason = tried(steps)
-    setup = Setup(max_seq_length=sizes.paper_length)
-    floor = plan_gib(name, setup, device, adapter_dtype=dtype, paged=paged)
+    fields = dict(max_seq_length=sizes.paper_length, adapter_dtype=dtype, paged=paged)
+    floor = plan_gib(name, device, **fields)
     speed, gib = (None, None) if found is None else found
     paper = sizes.paper[name]
     yield as_row(case, "peak memory", "GiB", gib, paper, against=PAPER, floor=floor, reason=reason)
