@@ -183,10 +183,12 @@ def collect(command: Sequence[str], environment: Mapping[str, str], limit: float
             for line in process.stdout:
                 if line.startswith("{"):  # a peer may have something to say as it is imported
                     take(json.loads(line), result)
+            process.wait()
+        except BaseException:  # Ctrl-C is for them as well
+            end()
+            raise
         finally:
             timer.cancel()
-            if process.poll() is None and sys.exc_info()[0] is not None:  # Ctrl-C is for them as well
-                end()
     if late.is_set():
         result.failed = f"stopped after {limit:g} seconds"
     elif process.returncode:

@@ -329,18 +329,35 @@ def test_running_out_of_memory_is_a_finding_and_any_other_error_a_failure(capsys
 
 
 def test_a_model_that_does_not_fit_is_a_row_and_the_next_is_measured(monkeypatch):
-    built = bench_gpu_train.paper_model
-    sizes = replace(TINY, paper={"llama-65b": 45.0, "tiny": None})
-
     def paper_model(name: str, device: torch.device) -> Any:
         if name == "llama-65b":
             raise torch.OutOfMemoryError("too large")
-        return built(name, device)
+        return torch.nn.Module()
 
     monkeypatch.setattr(bench_gpu_train, "paper_model", paper_model)
+    monkeypatch.setattr(bench_gpu_train, "keep_adapters_in", lambda model, dtype: None)
+    monkeypatch.setattr(bench_gpu_train, "memory_rows", lambda name, *_: iter([name]))
+    sizes = replace(TINY, paper={"llama-65b": 45.0, "tiny": None})
     first, *others = bench_gpu_train.memory(sizes, CPU)
     assert (first["ours"], first["peer"], first["reason"]) == (None, 45.0, f"{OUT_OF_MEMORY}: too large")
-    assert len(measured(others)) == 8
+    assert others == ["tiny"] * 4
+
+
+def test_a_step_that_runs_out_of_memory_leaves_the_other_modes_of_the_contender(monkeypatch):
+    measure = bench_gpu_train.in_mode
+
+    def in_mode(switches: tuple[bool, bool], *others: Any) -> bench_gpu_train.Found:
+        if switches == bench_gpu_train.MODES["no recompute"]:
+            raise torch.OutOfMemoryError("too much to keep")
+        return measure(switches, *others)
+
+    monkeypatch.setattr(bench_gpu_train, "in_mode", in_mode)
+    monkeypatch.setattr(bench_gpu_train.util, "find_spec", lambda name: None)  # no peer
+    rows = [line for line in bench_gpu_train.train(TINY, CPU) if "skipped" not in line]
+    without = [row for row in rows if row["case"] == "no recompute"]
+    assert [row["ours"] for row in without] == [None] * 4
+    assert {row["reason"] for row in without} == {f"{OUT_OF_MEMORY}: too much to keep"}
+    assert len(measured([row for row in rows if row["case"] != "no recompute"])) == 8
 
 
 # -- the process of a stage --------------------------------------------------------------------------------
