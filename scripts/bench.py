@@ -64,10 +64,18 @@ def as_document(command: str, rows: Sequence[dict[str, Any]], packages: Sequence
     rows."""
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": {name: metadata.version(name) for name in packages if util.find_spec(name)},
+        "versions": {name: version_of(name) for name in packages if util.find_spec(name)},
         "command": command,
         "rows": rows,
     }
+
+
+def version_of(package: str) -> str:
+    """Return the version of a package that can be imported."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # it was put on the path by hand; no reason to lose a measurement
+        return "unknown"
 
 
 @dataclass

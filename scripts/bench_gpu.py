@@ -40,7 +40,7 @@ import torch
 from bench import DOOR, ROOT, as_document, print_document
 from bench_gpu_measure import OUT_OF_MEMORY, TINY, Line, Sizes
 from finetune import choose_device
-from options import option, parse
+from options import option, parse, user_errors
 
 # Each is a function of that name in a module beside this one, and the seconds that it may take: 9 minutes.
 Stage = Literal["dequantize", "linear", "train", "memory", "decode", "tests", "demo"]
@@ -94,6 +94,8 @@ def main(argv: Sequence[str]) -> None:
         for line in lines_of(stage, config):  # type: ignore[arg-type]
             print(json.dumps(line), flush=True)
         return
+    with user_errors():
+        config.output_dir.mkdir(parents=True, exist_ok=True)  # now, not after minutes of measuring
     print(HEADER, flush=True)
     failed = [stage for stage in config.stage if not run(stage, config, argv)]
     if failed:

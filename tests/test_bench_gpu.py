@@ -158,31 +158,32 @@ def test_demo_is_compared_with_the_cpu_only_where_both_learned_from_the_same_tok
     assert all("other data" in row["note"] for row in rows)
 
 
-def test_demo_trains_as_many_steps_as_the_cpu_did_and_then_more(monkeypatch):
+def test_demo_trains_as_many_steps_as_the_cpu_did_and_then_more(monkeypatch, tmp_path):
     cpu = bench_gpu_runs.read_metrics(bench_gpu_runs.CPU_RUN)
-    asked = []
+    asked: list[int] = []
+    built: list[Path] = []
 
     def finetune(steps: int, device: torch.device) -> list[dict[str, Any]]:
         asked.append(steps)
         return cpu
 
     monkeypatch.setattr(bench_gpu_runs, "finetune", finetune)
-    for name in ("fetch_model", "build_dataset"):
-        monkeypatch.setattr(bench_gpu_runs, name, lambda folder: None)
+    monkeypatch.setattr(bench_gpu_runs, "ROOT", tmp_path)
+    model = tmp_path / "assets" / bench_gpu_runs.MODEL_NAME
+    model.mkdir(parents=True)
+    (model / "config.json").touch()
+    monkeypatch.setattr(bench_gpu_runs, "build_dataset", built.append)
     rows = list(bench_gpu_runs.demo(Sizes(), CPU))
-    assert asked == [40, 200]
+    assert asked == [40, 200] and built == [tmp_path / "assets"]
     assert [row["ratio"] for row in rows[:2]] == [1.0, 1.0] and rows[2]["ours"] == 0.0
     assert len(rows[-1]["losses"]) == 40  # those of the run
 
 
-def test_without_the_demo_model_the_demo_is_skipped_and_says_why(monkeypatch):
-    def missing(folder: Path) -> Path:
-        raise ValueError("no wheel")
-
-    monkeypatch.setattr(bench_gpu_runs, "fetch_model", missing)
-    assert list(bench_gpu_runs.demo(TINY, CPU)) == [
-        {"skipped": "the demo's model or data are not there: no wheel"}
-    ]
+def test_without_its_model_the_demo_is_skipped_and_nothing_is_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_gpu_runs, "ROOT", tmp_path)
+    [line] = bench_gpu_runs.demo(TINY, CPU)
+    wanted = tmp_path / "assets" / bench_gpu_runs.MODEL_NAME
+    assert line == {"skipped": f"{wanted} is not there: make demo fetches it"}
 
 
 def test_a_missing_peer_is_named_and_ours_is_measured_all_the_same(monkeypatch):
@@ -417,6 +418,20 @@ def test_the_command_leaves_a_document_for_its_stage(tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == document
     assert document["device"]["type"] == "cpu" and document["versions"]["torch"] == torch.__version__
     assert document["rows"] and document["failed"] is None
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(bench_gpu, "collect", lambda *_: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as stop:
+        bench_gpu.main(["--tiny", "--output_dir", str(tmp_path / "file" / "results")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file' / 'results'}: Not a directory\n"
+
+
+def test_a_package_without_metadata_costs_no_measurement():
+    assert bench.version_of("torch") == torch.__version__
+    assert bench.version_of("bench_gpu") == "unknown"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU here")
