@@ -302,6 +302,7 @@ def compiled_multiply(block_size: int, nested_block_size: int, look_up: str):
     def multiply(
         x: Tensor, packed: Tensor, scales: list[Tensor], levels: Tensor, nested_first: int
     ) -> Tensor:
+        """Return x @ W.T."""
         pairs = x.float().view(-1, 2)  # (K / 2, 2)
         absmax = _scales_of_bytes(len(packed), scales, block_size // 2, nested_block_size, nested_first)
         first, second = _numbers(packed, levels)
