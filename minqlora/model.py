@@ -304,8 +304,11 @@ class Block(nn.Module):
         """Map the residual stream (B, T, D) to its next state."""
         attention = self.self_attn
         table = None if attention.rotary is None else rotary[attention.rotary]
-        enter, leave = self.compiled if self.compiled and self.training else (Block.enter, Block.leave)
-        return leave(self, x, attention(*enter(self, x, table), lengths, cache))
+        if self.compiled is None or not self.training:
+            return self.leave(x, attention(*self.enter(x, table), lengths, cache))
+        enter, leave = self.compiled
+        y = attention(*enter(self, *_of_any_length(x, table)), lengths, cache)
+        return leave(self, *_of_any_length(x, y))
 
     def enter(self, x: Tensor, table: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """Return what attention takes: queries, keys and values, (B, heads, T, Hd) each."""
@@ -382,6 +385,13 @@ class Attention(nn.Module):
         return heads
 
 
+def _of_any_length(x: Tensor, other: Any) -> tuple[Tensor, Any]:
+    # Both, with T, their dimension but one, as a symbol to the compiler; other numbers it may rely on.
+    for tensor in (x, *((other,) if isinstance(other, Tensor) else other or ())):
+        torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() - 2)
+    return x, other
+
+
 def compile_blocks(model: CausalLM, backend: str | Callable[..., Any] = "inductor") -> None:
     """Let blocks be compiled for training: what stands before attention, and what stands behind it.
 
@@ -395,7 +405,7 @@ def compile_blocks(model: CausalLM, backend: str | Callable[..., Any] = "inducto
     backend: of torch.compile, for tests. Dropout draws what it draws in eager mode.
     """
     options = {"fallback_random": True} if backend == "inductor" else None
-    how: dict[str, Any] = dict(dynamic=True, fullgraph=True, backend=backend, options=options)
+    how: dict[str, Any] = dict(fullgraph=True, backend=backend, options=options)
     enter, leave = torch.compile(Block.enter, **how), torch.compile(Block.leave, **how)
     for block in model.model.layers:
         assert isinstance(block, Block)

@@ -322,7 +322,7 @@ def test_checkpointing_gives_the_same_gradients(name: str, compiled: bool):
 # -- blocks --------------------------------------------------------------------------------------------------
 
 # What stands in a packed row changes from batch to batch, and so does its length.
-DOCUMENTS = [[20, 12], [30, 5], [7, 9, 11], [33], [21, 13]]
+DOCUMENTS = [[20, 13], [30, 5], [7, 9, 11], [31], [21, 13]]
 
 
 def gradients(folder: Path, compiled: bool, checkpointing: bool, **options) -> tuple[list[Tensor], Backend]:
@@ -366,11 +366,12 @@ def test_blocks_are_not_compiled_for_other_documents(make_llama: Callable[..., P
 
 
 def test_compiled_blocks_save_no_decoded_weight(tiny_model: Path):
-    shapes = {weight.shape for weight in load_model(tiny_model).parameters() if weight.dim() == 2}
+    weights = load_model(tiny_model).model.layers[0].parameters()
+    shapes = {tuple(weight.shape) for weight in weights if weight.dim() == 2}
     shapes |= {shape[::-1] for shape in shapes}
     _, backend = gradients(tiny_model, True, False)
     floats = [t for t in backend.saved if t.is_floating_point()]
-    assert len(floats) > 20 and not any(t.shape in shapes for t in floats)
+    assert len(floats) > 20 and not any(tuple(map(int, t.shape)) in shapes for t in floats)
 
 
 def test_compiled_blocks_work_with_inputs_in_host_memory(tiny_model: Path):
