@@ -351,7 +351,7 @@ def made_by(x: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
 
 def made_from(x: Tensor) -> tuple[Any, ...]:
     """Return what `made_by` has noted of x: how it can be made again, and each source; None if nothing."""
-    return getattr(x, "made_by", (None,))
+    return (None,) if torch.compiler.is_compiling() else getattr(x, "made_by", (None,))
 
 
 class TrainedTokens(nn.Module):

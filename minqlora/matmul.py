@@ -16,7 +16,8 @@ The four weights of Chapter 1, as a matrix of one row::
 
 On a CPU the matrix is decoded in tiles of rows: four rows of a 6 x 4 weight, multiplied into four columns of
 Y, then the other two. The scratch holds one tile, stays in cache, and is what the product reads next. On a
-GPU one compiled kernel decodes the whole matrix and the vendor's matmul follows.
+GPU one compiled kernel decodes the whole matrix and the vendor's matmul follows; for a single token one
+kernel does both, and what it decodes is never written to memory.
 
 The same two products serve a 16-bit weight under activations of another dtype, an output head kept in
 bfloat16 say: there "decoding" is a cast, tile by tile, and the head never exists in float32 as a whole.
@@ -38,8 +39,10 @@ Paper: "QLoRA Finetuning", the equation with doubleDequant.
 Before: quantize. Next: nf4.
 """
 
+import time
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,9 +164,9 @@ def _nf4_tiles(
     per_byte = codes_per_byte(codebook)
     n_blocks = -(-n_rows * n_columns // block_size)
     if packed.device.type != "cpu":
-        absmax = _absmax(scales, 0, n_blocks, nested_block_size, nested_first)
-        decode = compiled_decode(block_size, dtype)
-        decoded = decode(packed, absmax, byte_table(codebook), n_rows * n_columns).view(n_rows, n_columns)
+        nested = nested_block_size, nested_first
+        decoded = decode_fused(packed, scales, codebook, n_rows * n_columns, block_size, *nested, dtype)
+        decoded = decoded.view(n_rows, n_columns)
         yield slice(0, n_rows), decoded if out is None else out.copy_(decoded)
         return
     # A tile begins with a byte: of rows of odd width, every other one does.
@@ -220,20 +223,185 @@ def _cast_tiles(weight: Tensor, dtype: torch.dtype) -> Tiles:
         yield rows, tile.view(-1, n_columns).copy_(weight[rows])
 
 
-@cache
-def compiled_decode(block_size: int, dtype: torch.dtype):
-    """Return the decoding of a whole weight as one compiled kernel, for accelerators.
+# ---- one kernel, for accelerators --------------------------------------------------------------------------
 
-    The function maps (packed, absmax, table, n) to n decoded numbers. Sizes are symbols in it, so that one
-    compilation serves all layers: after eight recompilations torch.compile runs the function uncompiled.
+# Products and sums are rounded one by one, as eager operations round them: fused multiply-add would give
+# other scales than bitsandbytes'. The name says casts; Inductor turns fusion off in Triton by it, too.
+# Indices are checked by nobody: they are those of bytes in tables of 256.
+EXACT: dict[str, Any] = {"emulate_precision_casts": True, "assert_indirect_indexing": False}
+LOOK_UPS = ("pairs", "tree")
+
+
+def decode_fused(
+    packed: Tensor,
+    scales: list[Tensor],
+    codebook: Tensor,
+    n: int,
+    block_size: int,
+    nested_block_size: int,
+    nested_first: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the first n numbers, decoded to `dtype` by one compiled kernel, with the bits of
+    `quantize.dequantize`: half a byte and a sixty-fourth are read for each, and it is written."""
+    if dtype.itemsize > 4:
+        sizes = n, block_size, nested_block_size, nested_first
+        return decode_fused(packed, scales, codebook, *sizes, torch.float32).to(dtype)
+    look_up = fastest_look_up(packed.device) if len(codebook) == 16 else "pairs"
+    decode = compiled_decode(block_size, nested_block_size, dtype, look_up)
+    with torch.no_grad():  # another state of autograd would be another compilation
+        return decode(packed, scales, levels_for(look_up, codebook), nested_first).view(dtype)[:n]
+
+
+def multiply_fused(
+    x: Tensor,
+    packed: Tensor,
+    scales: list[Tensor],
+    codebook: Tensor,
+    block_size: int,
+    nested_block_size: int,
+    nested_first: int,
+) -> Tensor:
+    """Return x @ W.T for one token, (1, K) -> (1, N), by one compiled kernel that writes N numbers only.
+
+    K must be even, and two codes stand in a byte. The weights are not rounded to the dtype of x on the way,
+    and sums are taken in float32.
+    """
+    look_up = fastest_look_up(packed.device) if len(codebook) == 16 else "pairs"
+    multiply = compiled_multiply(block_size, nested_block_size, look_up)
+    with torch.no_grad():
+        return multiply(x[0], packed, scales, levels_for(look_up, codebook), nested_first)[None]
+
+
+@cache
+def compiled_decode(block_size: int, nested_block_size: int, dtype: torch.dtype, look_up: str):
+    """Return a compiled function from (packed, scales, levels, nested_first) to all numbers: two in an
+    integer twice as wide as `dtype`, (n_bytes,), or one in `dtype` where a code takes a byte.
+
+    levels: of `levels_for`. It is compiled for the first size, and once more for all others.
+
+    A thread takes a byte, not a number: both numbers share its scale, and are written at once as one integer.
+    Indices are the compiler's own: `arange` is written as 64 bits and compiled to 32, but for a weight that
+    needs more.
     """
 
-    def decode(packed: Tensor, absmax: Tensor, table: Tensor, n: int) -> Tensor:
-        levels = table[packed.int()].view(-1)[:n]
-        block = torch.arange(n, device=packed.device, dtype=torch.int32) // block_size
-        return (levels * absmax[block]).to(dtype)
+    def decode(packed: Tensor, scales: list[Tensor], levels: Tensor, nested_first: int) -> Tensor:
+        numbers = _numbers(packed, levels)
+        sizes = block_size // len(numbers), nested_block_size, nested_first
+        absmax = _scales_of_bytes(len(packed), scales, *sizes)
+        numbers = [(number * absmax).to(dtype) for number in numbers]
+        return numbers[0] if len(numbers) == 1 else _joined(*numbers)
 
-    return torch.compile(decode, dynamic=True)
+    return _compiled(decode, EXACT)
+
+
+@cache
+def compiled_multiply(block_size: int, nested_block_size: int, look_up: str):
+    """Return a compiled function from (x, packed, scales, levels, nested_first) to x @ W.T, (K,) -> (N,)."""
+
+    def multiply(
+        x: Tensor, packed: Tensor, scales: list[Tensor], levels: Tensor, nested_first: int
+    ) -> Tensor:
+        """Return x @ W.T."""
+        pairs = x.float().view(-1, 2)  # (K / 2, 2)
+        absmax = _scales_of_bytes(len(packed), scales, block_size // 2, nested_block_size, nested_first)
+        first, second = _numbers(packed, levels)
+        rows = [part.view(-1, len(pairs)) for part in (first, second, absmax)]  # (N, K / 2) each
+        products = (rows[0] * pairs[:, 0] + rows[1] * pairs[:, 1]) * rows[2]
+        return products.sum(dim=1).to(x.dtype)
+
+    # How many rows and columns a thread block takes is found by trying.
+    return _compiled(multiply, {"coordinate_descent_tuning": True, "assert_indirect_indexing": False})
+
+
+def _compiled(function: Any, options: dict[str, Any]):
+    # With a code object of its own: by that torch.compile counts, of all functions made of the same lines.
+    function.__code__ = function.__code__.replace()
+    return torch.compile(function, options=options)
+
+
+def levels_for(look_up: str, codebook: Tensor) -> Tensor:
+    """Return the levels as a look-up wants them: the codebook (16,) for a tree of choices; else of each byte,
+    (256,), two in an int64, or one in float32."""
+    if look_up == "tree":
+        return codebook
+    table = byte_table(codebook)
+    return (table if table.shape[1] == 1 else table.view(torch.int64)).view(-1)
+
+
+def _numbers(packed: Tensor, levels: Tensor) -> list[Tensor]:
+    # -> the levels of the first, and of two the second, code of each byte: float32 (n_bytes,) each.
+    if levels.shape[0] == 16:
+        return [_select(levels, packed >> 4), _select(levels, packed & 15)]
+    found = levels[packed.int()]
+    if levels.dtype == torch.float32:
+        return [found]
+    return [found.to(torch.int32).view(torch.float32), (found >> 32).to(torch.int32).view(torch.float32)]
+
+
+def _scales_of_bytes(
+    n_bytes: int,
+    scales: list[Tensor],
+    block_bytes: int,
+    nested_block_size: int,
+    nested_first: int,
+) -> Tensor:
+    # -> the scale of each byte's numbers, float32 (n_bytes,).
+    device = scales[0].device
+    block = torch.arange(n_bytes, device=device) // block_bytes
+    if len(scales) == 1:
+        return scales[0][block]
+    codes, nested_absmax, nested_codebook, offset = scales
+    nested = nested_absmax[(block + nested_first) // nested_block_size]
+    return nested_codebook[codes[block].int()] * nested + offset
+
+
+def _select(levels: Tensor, code: Tensor) -> Tensor:
+    # levels[code] by 15 choices between two, for which nothing is read from memory.
+    numbers = list(levels.unbind())
+    bit = 1
+    while len(numbers) > 1:
+        is_set = (code & bit) != 0
+        numbers = [
+            torch.where(is_set, odd, even) for even, odd in zip(numbers[::2], numbers[1::2], strict=True)
+        ]
+        bit *= 2
+    return numbers[0]
+
+
+def _joined(first: Tensor, second: Tensor) -> Tensor:
+    # Two numbers as one integer of their width together, the first at the lower address.
+    bits = 8 * first.dtype.itemsize
+    narrow, wide = {16: (torch.int16, torch.int32), 32: (torch.int32, torch.int64)}[bits]
+    low, high = first.view(narrow).to(wide), second.view(narrow).to(wide)
+    return (low & (2**bits - 1)) | (high << bits)
+
+
+@cache
+def fastest_look_up(device: torch.device, n: int = 2**24) -> str:
+    """Return the one of LOOK_UPS that decodes n numbers fastest on a device: measured once, at first use.
+
+    Which one it is depends on what a device does better: reading from near memory, or choosing.
+    """
+    if device.type == "cpu":
+        return LOOK_UPS[0]
+    packed = torch.arange(n // 2, device=device).to(torch.uint8)
+    codes, nested_absmax = packed[: n // 64], torch.ones(n // 64 // 256, device=device)
+    scales = [codes, nested_absmax, torch.ones(256, device=device), nested_absmax.sum()]
+    codebook = torch.linspace(-1, 1, 16, device=device)
+    times = {}
+    for look_up in LOOK_UPS:
+        decode = compiled_decode(64, 256, torch.bfloat16, look_up)
+        levels = levels_for(look_up, codebook)
+        for _ in range(3):
+            decode(packed, scales, levels, 0)
+        torch.accelerator.synchronize(device)
+        began = time.perf_counter()
+        for _ in range(20):
+            decode(packed, scales, levels, 0)
+        torch.accelerator.synchronize(device)
+        times[look_up] = time.perf_counter() - began
+    return min(times, key=times.__getitem__)
 
 
 # ---- the two products, for any tiles -----------------------------------------------------------------------
@@ -287,6 +455,11 @@ def _is_single(x: Tensor) -> bool:
     return len(x) == 1 and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+def _is_read_by_rows(codebook: Tensor, n_columns: int) -> bool:
+    # Two codes a byte, and no byte in two rows.
+    return codes_per_byte(codebook) == 2 and n_columns % 2 == 0
+
+
 def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
     n_tokens, n_rows = grad_y.shape
     narrow = grad_y.element_size() < 4
@@ -326,6 +499,8 @@ def _nf4_forward_now(
     nested_block_size: int,
     nested_first: int,
 ) -> Tensor:
+    if x.device.type != "cpu" and len(x) == 1 and x.itemsize <= 4 and _is_read_by_rows(codebook, n_columns):
+        return multiply_fused(x, packed, scales, codebook, block_size, nested_block_size, nested_first)
     sizes = (n_rows, n_columns, block_size, nested_block_size, nested_first)
     tile = TILE // 2 if _is_single(x) else TILE  # decoded in one run, by the cores that will read it
     return _multiply(x, n_rows, _nf4_tiles(packed, scales, codebook, *sizes, x.dtype, tile=tile))

@@ -18,8 +18,9 @@ or carries an adapter is not this chapter's business.
 Two things are not as in a textbook. Documents: several examples can stand end to end in one row; `lengths`
 says where each ends, attention never crosses the seam, and positions start again at 0. That takes the place
 of padding. And memory: RMSNorm and SwiGLU save for backward only what they cannot recompute for next to
-nothing, and adapters make their inputs again of that (`made_by`). A block's input can be all that stays of it
-(`gradient_checkpointing`), and that can wait in host memory (`HostInputs`).
+nothing, and adapters make their inputs again of that (`made_by`). A block's input can be all that stays of
+it (`gradient_checkpointing`), and that can wait in host memory (`HostInputs`). On accelerators all of a block
+but attention is compiled for training (`compile_blocks`).
 
 Shapes and dtypes: input_ids (B, T) int64; the residual stream (B, T, D) in the compute dtype. Norms are taken
 in float32. Embeddings and head stay in the checkpoint's dtype and are cast where they are used.
@@ -31,8 +32,11 @@ Before: architecture. Next: files.
 """
 
 import contextlib
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import util
 from typing import Any
 
 import torch
@@ -282,6 +286,8 @@ class Block(nn.Module):
         super().__init__()
         self.names = arch.family.norms
         self.scale = arch.residual_scale
+        # `enter` and `leave` as `compile_blocks` makes them; they are for training.
+        self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
         self.self_attn = Attention(arch, index)
         experts = arch.layers[index].experts
         self.mlp_name = arch.family.mlp
@@ -296,7 +302,21 @@ class Block(nn.Module):
         self, x: Tensor, rotary: RotaryTables, lengths: list[int], cache: KVCache | None = None
     ) -> Tensor:
         """Map the residual stream (B, T, D) to its next state."""
-        y = self.self_attn(self._norm(self.names.before_attention, x), rotary, lengths, cache)
+        attention = self.self_attn
+        table = None if attention.rotary is None else rotary[attention.rotary]
+        if self.compiled is None or not self.training:
+            return self.leave(x, attention(*self.enter(x, table), lengths, cache))
+        enter, leave = self.compiled
+        y = attention(*enter(self, *_of_any_length(x, table)), lengths, cache)
+        return leave(self, *_of_any_length(x, y))
+
+    def enter(self, x: Tensor, table: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """Return what attention takes: queries, keys and values, (B, heads, T, Hd) each."""
+        return self.self_attn.heads(self._norm(self.names.before_attention, x), table)
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add what attention returned, (B, T, H Hd), to the residual stream, and then what the MLP says."""
+        y = self.self_attn.o_proj(y)
         x = self._add(x, self._norm(self.names.after_attention, y))
         y = self.get_submodule(self.mlp_name)(self._norm(self.names.before_mlp, x))
         return self._add(x, self._norm(self.names.after_mlp, y))
@@ -336,25 +356,21 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(arch, arch.head_dim if self.qk_norm == "head" else kv_width)
 
     def forward(
-        self, x: Tensor, rotary: RotaryTables, lengths: list[int], cache: KVCache | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], cache: KVCache | None = None
     ) -> Tensor:
-        """Map (B, T, D) to (B, T, D)."""
-        q, k, v = self._heads(x)
-        if self.rotary is not None:
-            q, k = rotate(q, *rotary[self.rotary]), rotate(k, *rotary[self.rotary])
+        """Return what each token sees of the others, (B, T, H Hd), for its heads (B, heads, T, Hd)."""
         how: dict[str, Any] = dict(scale=self.scale, window=self.window, cap=self.cap)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-            y = attend(q, k, v, padding=cache.padding, **how)
-        else:
-            how["dropout"] = self.dropout if self.training else 0.0
-            documents = zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True)
-            parts = [attend(*document, **how) for document in documents]
-            return self.o_proj(made_by(join_heads(*parts), join_heads, *parts))
-        return self.o_proj(join_heads(y))
+            return join_heads(attend(q, k, v, padding=cache.padding, **how))
+        how["dropout"] = self.dropout if self.training else 0.0
+        documents = zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True)
+        parts = [attend(*document, **how) for document in documents]
+        return made_by(join_heads(*parts), join_heads, *parts)
 
-    def _heads(self, x: Tensor) -> list[Tensor]:
-        # -> queries, keys and values, (B, heads, T, Hd) each
+    def heads(self, x: Tensor, table: tuple[Tensor, Tensor] | None) -> list[Tensor]:
+        """Return queries, keys and values, (B, heads, T, Hd) each, of x (B, T, D), turned by the angles of
+        `rotary_table`; None: not turned."""
         if self.fused:
             parts = list(self.qkv_proj(x).split(self.widths, dim=-1))
         else:
@@ -364,7 +380,45 @@ class Attention(nn.Module):
         heads = [rearrange(part, "B T (H Hd) -> B H T Hd", Hd=self.head_dim) for part in parts]
         if self.qk_norm == "head":
             heads[:2] = self.q_norm(heads[0]), self.k_norm(heads[1])
+        if table is not None:
+            heads[:2] = rotate(heads[0], *table), rotate(heads[1], *table)
         return heads
+
+
+def _of_any_length(x: Tensor, other: Any) -> tuple[Tensor, Any]:
+    # Both, with T, their dimension but one, as a symbol to the compiler; other numbers it may rely on.
+    for tensor in (x, *((other,) if isinstance(other, Tensor) else other or ())):
+        torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() - 2)
+    return x, other
+
+
+def compile_blocks(model: CausalLM, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Let blocks be compiled for training: what stands before attention, and what stands behind it.
+
+    Attention itself stays as it is. It is one kernel of PyTorch's for each document, and where documents end
+    changes with every batch: inside, each new list of lengths would be compiled anew. What is compiled knows
+    only T, as a symbol, and no block from the next, so that two graphs of each part (the first block's input
+    needs no gradient) serve all blocks and all batches. Evaluation and generation stay eager, for which the
+    parts would be compiled again. Blocks with a mixture of experts keep an eager second part: whom a token
+    chooses is data.
+
+    backend: of torch.compile, for tests. Dropout draws what it draws in eager mode.
+    """
+    options = {"fallback_random": True} if backend == "inductor" else None
+    how: dict[str, Any] = dict(fullgraph=True, backend=backend, options=options)
+    enter, leave = torch.compile(Block.enter, **how), torch.compile(Block.leave, **how)
+    for block in model.model.layers:
+        assert isinstance(block, Block)
+        is_mixture = isinstance(block.get_submodule(block.mlp_name), Mixture)
+        block.compiled = enter, Block.leave if is_mixture else leave
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Return what torch.compile lacks to make kernels for a device, None if nothing."""
+    if device.type == "cpu":
+        compilers = map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])
+        return None if any(compilers) else "no C++ compiler"
+    return None if device.type == "mps" or util.find_spec("triton") else "no Triton"
 
 
 def join_heads(*documents: Tensor) -> Tensor:

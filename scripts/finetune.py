@@ -61,7 +61,7 @@ from minqlora.lora import (
 )
 from minqlora.loss import supervised_loss
 from minqlora.memory import Plan
-from minqlora.model import CausalLM
+from minqlora.model import CausalLM, compile_blocks, missing_compiler
 from minqlora.report import RunningMean, Samples, prompts_in, prompts_of, write_report
 from minqlora.run import (
     TRACKERS,
@@ -209,6 +209,10 @@ class Config:
         "recompute each block in backward: a third slower, several times leaner; offload: keep the blocks' "
         "inputs in host memory meanwhile",
         bare="true",
+    )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto",
+        "torch.compile the blocks, all but attention; auto: on CUDA with Triton, for want of a gain off",
     )
     adapter_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "dtype in which adapters and their gradients are kept; the moments stay as --optim says"
@@ -699,6 +703,10 @@ def prepare_model(
         store_adapters(model, getattr(torch, config.adapter_dtype))
     model.model.gradient_checkpointing = config.gradient_checkpointing != "false"
     model.model.offload = config.gradient_checkpointing == "offload"
+    compiled, why = compile_choice(config, device)
+    print(f"compile   {'on' if compiled else 'off'}: {why}")
+    if compiled:
+        compile_blocks(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(f"adapters  rank {config.lora_r} on {len(adapted)} layers: {trained:,} parameters to train")
     if LoRAConfig(**options).is_residual:
@@ -725,6 +733,22 @@ def choose_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
+
+
+def compile_choice(config: Config, device: torch.device) -> tuple[bool, str]:
+    """Return whether blocks are compiled, and the reason; ValueError if they are to be and cannot be."""
+    missing = missing_compiler(device)
+    if config.compile == "on" and missing:
+        raise ValueError(f"--compile on: {missing} for {device}; install one, or leave it at auto")
+    if config.compile != "auto":
+        return config.compile == "on", "as asked"
+    if device.type == "cpu":
+        return False, "on a CPU eager is as fast here"
+    if missing:
+        return False, f"{missing} for {device}"
+    if config.deterministic:  # how a kernel sums is found by timing, which may come out otherwise next time
+        return False, "--deterministic"
+    return device.type == "cuda", device.type.upper() if device.type == "cuda" else f"not tried on {device}"
 
 
 def describe_size(model: CausalLM, quant_type: str) -> str:

@@ -15,8 +15,9 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
 from torch.utils.checkpoint import checkpoint
 
-from minqlora import add_lora, load_model
+from minqlora import add_lora, generate, load_model
 from minqlora.lora import LoRALinear
+from minqlora.model import HostInputs, compile_blocks, missing_compiler
 from minqlora.nf4 import NF4Tensor
 
 N, K = 24, 32
@@ -316,6 +317,98 @@ def test_checkpointing_gives_the_same_gradients(name: str, compiled: bool):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
     assert backend.saved_floats < N * K
+
+
+# -- blocks --------------------------------------------------------------------------------------------------
+
+# What stands in a packed row changes from batch to batch, and so does its length.
+DOCUMENTS = [[20, 13], [30, 5], [7, 9, 11], [31], [21, 13]]
+
+
+def gradients(folder: Path, compiled: bool, checkpointing: bool, **options) -> tuple[list[Tensor], Backend]:
+    """What the model makes of a few packed batches, and the gradients of its adapters."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    backend, model, found = Backend(), load_model(folder, dtype=torch.float32), []
+    add_lora(model, r=2, dropout=0.5, **options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for i, parameter in enumerate(trained):
+        parameter.data = randn(*parameter.shape, seed=i)
+    model.train().model.gradient_checkpointing = checkpointing
+    if compiled:
+        compile_blocks(model, backend.compile)
+    for i, lengths in enumerate(DOCUMENTS):
+        torch.manual_seed(i)  # for dropout
+        hidden = model.model(torch.randint(97, (1, sum(lengths))), lengths)
+        hidden.square().sum().backward()
+        found += [hidden.detach(), *(p.grad for p in trained)]
+        model.zero_grad()
+        if i == 1:
+            backend.graphs_of_two = backend.graphs  # type: ignore[attr-defined]
+    return found, backend
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_train_to_the_bits_of_eager_ones_with_dropout(
+    checkpointing: bool, use_dora: bool, tiny_model: Path
+):
+    ours, _ = gradients(tiny_model, True, checkpointing, use_dora=use_dora)
+    theirs, _ = gradients(tiny_model, False, checkpointing, use_dora=use_dora)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert all(gradient.any() for gradient in ours)
+
+
+def test_blocks_are_not_compiled_for_other_documents(make_llama: Callable[..., Path]):
+    # Two parts, each for a first block, whose input needs no gradient, and for all others.
+    _, backend = gradients(make_llama(num_hidden_layers=4), True, True)
+    assert backend.graphs_of_two == backend.graphs == 4  # type: ignore[attr-defined]
+
+
+def test_compiled_blocks_save_no_decoded_weight(tiny_model: Path):
+    weights = load_model(tiny_model).model.layers[0].parameters()
+    shapes = {tuple(weight.shape) for weight in weights if weight.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    _, backend = gradients(tiny_model, True, False)
+    floats = [t for t in backend.saved if t.is_floating_point()]
+    assert len(floats) > 20 and not any(tuple(map(int, t.shape)) in shapes for t in floats)
+
+
+def test_compiled_blocks_work_with_inputs_in_host_memory(tiny_model: Path):
+    found, inputs = [], HostInputs(torch.device("cpu"))
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = load_model(tiny_model, dtype=torch.float32)
+        add_lora(model, r=2)
+        model.train()
+        if compiled:
+            compile_blocks(model, Backend().compile)
+        x = model.model.embed(torch.arange(23)[None])
+        rotary = model.model.rotary_tables([11, 12], None, like=x)
+        for block in model.model.layers:
+            with inputs:
+                x = checkpoint(block, x, rotary, [11, 12], use_reentrant=False)
+        x.square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+        inputs.kept.clear()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_evaluation_and_generation_compile_nothing(tiny_model: Path):
+    backend, model = Backend(), load_model(tiny_model, dtype=torch.float32)
+    compile_blocks(model, backend.compile)
+    expected = load_model(tiny_model, dtype=torch.float32)(torch.arange(9)[None])
+    assert torch.equal(model.eval()(torch.arange(9)[None]), expected)
+    assert len(list(generate(model, [1, 2, 3], max_new_tokens=3))) == 3
+    assert backend.graphs == 0
+
+
+def test_a_device_without_a_compiler_is_told_apart(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert missing_compiler(torch.device("cpu")) == "no C++ compiler"
+    assert missing_compiler(torch.device("cuda")) == "no Triton"
+    assert missing_compiler(torch.device("mps")) is None
 
 
 # -- with kernels --------------------------------------------------------------------------------------------

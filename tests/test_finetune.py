@@ -25,6 +25,7 @@ from minqlora.batch import Part, collate, order, pack, split, tokenize
 from minqlora.codebook import QUANT_TYPES
 from minqlora.data import IGNORE, DataReport
 from minqlora.lora import lora_layers
+from minqlora.model import compile_blocks
 from minqlora.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1092,3 +1093,45 @@ def test_a_tokenizer_of_more_words_than_the_model_has_is_refused(
     content["added_tokens"].append(word | dict(single_word=False, lstrip=False, rstrip=False))
     path.write_text(json.dumps(content))
     refused(["--model", "model"], "267")
+
+
+# -- compiling ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "missing", "deterministic", "expected"),
+    [
+        ("auto", "cpu", None, False, (False, "on a CPU eager is as fast here")),
+        ("auto", "cuda", None, False, (True, "CUDA")),
+        ("auto", "cuda", "no Triton", False, (False, "no Triton for cuda")),
+        ("auto", "cuda", None, True, (False, "--deterministic")),
+        ("auto", "mps", None, False, (False, "not tried on mps")),
+        ("on", "cpu", None, True, (True, "as asked")),
+        ("off", "cuda", None, False, (False, "as asked")),
+    ],
+)
+def test_blocks_are_compiled_where_that_gains_something(
+    asked, device, missing, deterministic, expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "missing_compiler", lambda device: missing)
+    config = finetune.Config(Path("model"), [Path("rows")], compile=asked, deterministic=deterministic)
+    assert finetune.compile_choice(config, torch.device(device)) == expected
+
+
+def test_compiling_without_a_compiler_is_refused(run: Callable[..., Path], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(finetune, "missing_compiler", lambda device: "no C++ compiler")
+    with pytest.raises(SystemExit) as stop:
+        run(compile="on", device="cpu")
+    assert stop.value.code == 2 and not Path("run").exists()
+    error = capsys.readouterr().err.strip()
+    assert error == "error: --compile on: no C++ compiler for cpu; install one, or leave it at auto"
+
+
+def test_a_run_with_compiled_blocks_has_the_bits_of_an_eager_one(run, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(finetune, "missing_compiler", lambda device: None)
+    monkeypatch.setattr(finetune, "compile_blocks", lambda model: compile_blocks(model, "aot_eager"))
+    compiled = run("compiled", compile="on", packing="true", lora_dropout=0.5, device="cpu")
+    assert "compile   on: as asked" in capsys.readouterr().out
+    assert adapter_bytes(compiled) == adapter_bytes(
+        run("eager", packing="true", lora_dropout=0.5, device="cpu")
+    )

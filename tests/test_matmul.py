@@ -1,12 +1,16 @@
 """The product: that of the decoded matrix whatever the tiles, with gradients, keeping only what is packed."""
 
 import math
+import re
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_compile import inductor
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from minqlora import matmul
 from minqlora import quantize as quantization
@@ -18,7 +22,7 @@ from minqlora.matmul import (
     nf4_linear,
     nf4_linear_backward,
 )
-from minqlora.quantize import byte_table, codes_per_byte, dequantize_scales, quantize, quantize_scales
+from minqlora.quantize import codes_per_byte, dequantize_scales, quantize, quantize_scales
 
 N, K = 10, 12  # blocks of 64 run over the ends of rows, and the last one is short
 SHAPES = [(10, 12), (7, 9), (3, 128), (5, 1), (1, 5), (65, 2), (9, 100)]
@@ -142,14 +146,99 @@ def test_decoding_leaves_what_lies_beside_an_out_alone():
     assert torch.equal(frame[[0, 8]], torch.full((2, 9), -5.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# -- what accelerators are given -----------------------------------------------------------------------------
+
+
+def fused(parts: tuple, dtype: torch.dtype) -> Tensor:
+    """The weight decoded by the function that is compiled to one kernel on an accelerator."""
+    packed, scales, codebook, shape, *sizes = parts
+    nested_first = sizes[2] if len(sizes) == 3 else 0
+    out = matmul.decode_fused(packed, scales, codebook, math.prod(shape), *sizes[:2], nested_first, dtype)
+    return out.view(shape)
+
+
+@pytest.fixture(params=matmul.LOOK_UPS)
+def look_up(request, monkeypatch) -> str:
+    monkeypatch.setattr(matmul, "fastest_look_up", lambda device: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_expression_for_the_gpu_decodes_to_the_same_bits(shape, dtype):
-    packed, (absmax,), codebook, *_ = parts = pack(shape, double_quant=False)
+def test_expression_for_accelerators_decodes_to_the_same_bits(shape, double_quant, dtype, look_up):
+    parts = pack(shape, double_quant=double_quant)
     with torch.compiler.set_stance("force_eager"):
-        decode = matmul.compiled_decode(64, dtype)
-        flat = decode(packed, absmax, byte_table(codebook), math.prod(shape))
-    assert torch.equal(flat.view(shape), decoded(parts, dtype))
+        assert torch.equal(fused(parts, dtype), decoded(parts, dtype))
+
+
+@pytest.mark.parametrize("quant_type", ["nf2", "nf3", "nf8"])
+def test_expression_for_accelerators_decodes_codes_of_any_width(quant_type: str, look_up):
+    parts = pack((7, 9), quant_type=quant_type)
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(fused(parts, torch.bfloat16), decoded(parts, torch.bfloat16))
+
+
+@pytest.mark.parametrize("nested_first", [1, 2, 3])
+def test_expression_for_accelerators_may_begin_within_a_nested_block(nested_first: int, look_up):
+    packed, (codes, *nested), codebook, _, *sizes = pack((11, 8), block_size=8)
+    scales, shape = [codes[nested_first:], *nested], (11 - nested_first, 8)
+    parts = packed[4 * nested_first :], scales, codebook, shape, *sizes, nested_first
+    with torch.compiler.set_stance("force_eager"):
+        assert torch.equal(fused(parts, torch.float32), decoded(parts))
+
+
+@pytest.mark.parametrize("shape", [(10, 12), (3, 128), (9, 100)])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_expression_for_one_token_is_the_product_with_the_decoded_matrix(shape, double_quant, look_up):
+    packed, scales, codebook, _, *sizes = parts = pack(shape, double_quant=double_quant)
+    x = randn(1, shape[1])
+    with torch.compiler.set_stance("force_eager"):
+        y = matmul.multiply_fused(x, packed, scales, codebook, *sizes, 0)
+        rounded = matmul.multiply_fused(x.bfloat16(), packed, scales, codebook, *sizes, 0)
+    torch.testing.assert_close(y, x @ decoded(parts).T, rtol=0, atol=1e-4)
+    expected = x.bfloat16().float() @ decoded(parts).T
+    torch.testing.assert_close(rounded, expected.bfloat16(), rtol=2**-7, atol=1e-4)  # rounded once
+
+
+def test_a_cpu_does_not_measure_how_to_look_up(monkeypatch):
+    monkeypatch.setattr(matmul, "compiled_decode", None)
+    assert matmul.fastest_look_up(torch.device("cpu")) in matmul.LOOK_UPS
+
+
+@inductor
+def test_compiled_decoding_gives_the_bits_of_eager_and_two_graphs_serve_all_sizes(look_up):
+    # Whole blocks: of a loop that it splits at them, Inductor's C++ leaves out the rest (torch 2.13).
+    torch._dynamo.reset()
+    matmul.compiled_decode.cache_clear()
+    counters["stats"].clear()
+    for shape in ((96, 128), (64, 192), (12, 1024), (40, 64)):
+        parts = pack(shape)
+        assert torch.equal(fused(parts, torch.bfloat16), decoded(parts, torch.bfloat16))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@inductor
+def test_compiled_decoding_is_one_kernel():
+    matmul.compiled_decode.cache_clear()
+    torch._dynamo.reset()
+    packed, scales, codebook, *_ = pack((96, 128))
+    decode = matmul.compiled_decode(64, 4, torch.bfloat16, "pairs")
+    with fresh_cache():
+        _, (code,) = run_and_get_code(decode, packed, scales, matmul.levels_for("pairs", codebook), 0)
+    assert code.count("async_compile.cpp_pybinding(") == 1
+
+
+@inductor
+def test_compiled_product_of_one_token_writes_no_decoded_weight():
+    packed, scales, codebook, shape, *_ = parts = pack((96, 128))
+    multiply, x = matmul.compiled_multiply(64, 4, "pairs"), randn(1, 128)
+    with fresh_cache():
+        y, (code,) = run_and_get_code(multiply, x[0], packed, scales, matmul.levels_for("pairs", codebook), 0)
+    torch.testing.assert_close(y[None], x @ decoded(parts).T, rtol=0, atol=1e-4)
+    buffers = re.findall(r"empty_strided_cpu\(\(([^)]*)\)", code)
+    sizes = [math.prod(int(size) for size in re.findall(r"\d+", buffer)) for buffer in buffers]
+    assert sizes and max(sizes) == 96
 
 
 def test_worked_example_of_the_docstring():
