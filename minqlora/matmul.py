@@ -163,7 +163,7 @@ def _nf4_tiles(
     # Decoded into the rows of `out` where it is given, else into a scratch that each next tile overwrites.
     per_byte = codes_per_byte(codebook)
     n_blocks = -(-n_rows * n_columns // block_size)
-    if packed.device.type != "cpu":
+    if packed.device.type != "cpu" and fastest_look_up(packed.device):
         nested = nested_block_size, nested_first
         decoded = decode_fused(packed, scales, codebook, n_rows * n_columns, block_size, *nested, dtype)
         decoded = decoded.view(n_rows, n_columns)
@@ -247,7 +247,7 @@ def decode_fused(
     if dtype.itemsize > 4:
         sizes = n, block_size, nested_block_size, nested_first
         return decode_fused(packed, scales, codebook, *sizes, torch.float32).to(dtype)
-    look_up = fastest_look_up(packed.device) if len(codebook) == 16 else "pairs"
+    look_up = _look_up_for(codebook)
     decode = compiled_decode(block_size, nested_block_size, dtype, look_up)
     with torch.no_grad():  # another state of autograd would be another compilation
         return decode(packed, scales, levels_for(look_up, codebook), nested_first).view(dtype)[:n]
@@ -267,10 +267,15 @@ def multiply_fused(
     K must be even, and two codes stand in a byte. The weights are not rounded to the dtype of x on the way,
     and sums are taken in float32.
     """
-    look_up = fastest_look_up(packed.device) if len(codebook) == 16 else "pairs"
+    look_up = _look_up_for(codebook)
     multiply = compiled_multiply(block_size, nested_block_size, look_up)
     with torch.no_grad():
         return multiply(x[0], packed, scales, levels_for(look_up, codebook), nested_first)[None]
+
+
+def _look_up_for(codebook: Tensor) -> str:
+    # A tree is grown for 16 levels.
+    return fastest_look_up(codebook.device) or "pairs" if len(codebook) == 16 else "pairs"
 
 
 @cache
@@ -378,30 +383,52 @@ def _joined(first: Tensor, second: Tensor) -> Tensor:
 
 
 @cache
-def fastest_look_up(device: torch.device, n: int = 2**24) -> str:
-    """Return the one of LOOK_UPS that decodes n numbers fastest on a device: measured once, at first use.
+def fastest_look_up(device: torch.device) -> str | None:
+    """Return the one of LOOK_UPS that decodes fastest on a device: measured once, at first use. None if none
+    can be compiled for it; then plain operations decode, tile by tile, as on a CPU.
 
     Which one it is depends on what a device does better: reading from near memory, or choosing.
     """
     if device.type == "cpu":
         return LOOK_UPS[0]
+    times = time_look_ups(device)
+    return min(times, key=times.__getitem__, default=None)
+
+
+def time_look_ups(device: torch.device, n: int = 2**24) -> dict[str, float]:
+    """Return the seconds that 20 decodings of n numbers take with each of LOOK_UPS, but for those that do not
+    compile for the device, or do not give the bits that plain operations give."""
     packed = torch.arange(n // 2, device=device).to(torch.uint8)
-    codes, nested_absmax = packed[: n // 64], torch.ones(n // 64 // 256, device=device)
-    scales = [codes, nested_absmax, torch.ones(256, device=device), nested_absmax.sum()]
-    codebook = torch.linspace(-1, 1, 16, device=device)
+    codes, codebook = packed[: n // 64], torch.linspace(-1, 1, 16, device=device)
+    nested = torch.linspace(1, 2, -(-len(codes) // 256), device=device)
+    nested_codebook, offset = torch.linspace(-1, 1, 256, device=device), nested.mean()
+    scales = [codes, nested, nested_codebook, offset]
+    absmax = dequantize_scales(codes, nested, nested_codebook, offset, 256)
+    expected = torch.empty(n, dtype=torch.bfloat16, device=device)
+    dequantize(packed, absmax, codebook, 64, expected)
     times = {}
     for look_up in LOOK_UPS:
         decode = compiled_decode(64, 256, torch.bfloat16, look_up)
         levels = levels_for(look_up, codebook)
-        for _ in range(3):
-            decode(packed, scales, levels, 0)
+        try:
+            decoded = decode(packed, scales, levels, 0)
+        except Exception:  # no compiler, or one that cannot: of each back end an error of its own
+            continue
+        if not torch.equal(decoded.view(torch.bfloat16), expected):
+            continue
+        for rounds in (3, 20):  # the first to warm up
+            _wait_for(device)
+            began = time.perf_counter()
+            for _ in range(rounds):
+                decode(packed, scales, levels, 0)
+            _wait_for(device)
+            times[look_up] = time.perf_counter() - began
+    return times
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
         torch.accelerator.synchronize(device)
-        began = time.perf_counter()
-        for _ in range(20):
-            decode(packed, scales, levels, 0)
-        torch.accelerator.synchronize(device)
-        times[look_up] = time.perf_counter() - began
-    return min(times, key=times.__getitem__)
 
 
 # ---- the two products, for any tiles -----------------------------------------------------------------------
@@ -455,9 +482,10 @@ def _is_single(x: Tensor) -> bool:
     return len(x) == 1 and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def _is_read_by_rows(codebook: Tensor, n_columns: int) -> bool:
-    # Two codes a byte, and no byte in two rows.
-    return codes_per_byte(codebook) == 2 and n_columns % 2 == 0
+def _is_one_kernel(device: torch.device, codebook: Tensor, n_columns: int) -> bool:
+    # An accelerator with a compiler; two codes a byte, and no byte in two rows.
+    is_read_by_rows = codes_per_byte(codebook) == 2 and n_columns % 2 == 0
+    return device.type != "cpu" and is_read_by_rows and fastest_look_up(device) is not None
 
 
 def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
@@ -499,7 +527,7 @@ def _nf4_forward_now(
     nested_block_size: int,
     nested_first: int,
 ) -> Tensor:
-    if x.device.type != "cpu" and len(x) == 1 and x.itemsize <= 4 and _is_read_by_rows(codebook, n_columns):
+    if len(x) == 1 and x.itemsize <= 4 and _is_one_kernel(x.device, codebook, n_columns):
         return multiply_fused(x, packed, scales, codebook, block_size, nested_block_size, nested_first)
     sizes = (n_rows, n_columns, block_size, nested_block_size, nested_first)
     tile = TILE // 2 if _is_single(x) else TILE  # decoded in one run, by the cores that will read it

@@ -15,7 +15,7 @@ import shutil
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ from minqlora.checkpoint import (
     quantized_plan,
 )
 from minqlora.files import Checkpoint
+from minqlora.matmul import fastest_look_up
+from minqlora.model import missing_compiler
 from minqlora.tokenizer import Tokenizer
 from options import option, parse, user_errors
 
@@ -105,14 +107,15 @@ def compute_dtype(device: torch.device) -> str:
 
 
 def compiler(device: torch.device) -> Line:
-    """Say whether torch.compile can work: a C++ compiler on a CPU, Triton on a GPU."""
+    """Say whether torch.compile works: on an accelerator it decodes the 4-bit weights."""
+    missing = missing_compiler(device)
     if device.type == "cpu":
-        path = next(filter(None, map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])), None)
-        found = f"available ({path})" if path else "not available: no C++ compiler"
+        found = f"not available: {missing}" if missing else "available"
         return Line("torch.compile", f"{found}; nothing here needs it on a CPU")
-    if device.type == "mps" or util.find_spec("triton"):
-        return Line("torch.compile", "available; it decodes the 4-bit weights", True)
-    return Line("torch.compile", "needs Triton to decode the 4-bit weights: pip install triton", False)
+    if missing is None and (look_up := fastest_look_up(device)):
+        return Line("torch.compile", f"works; it decodes the 4-bit weights, fastest by {look_up}", True)
+    why = f"{missing}: pip install triton" if missing else "compiles no decoding that gives the right bits"
+    return Line("torch.compile", f"{why}; plain operations decode the 4-bit weights, more slowly", False)
 
 
 def memory(device: torch.device) -> Iterator[Line]:

@@ -68,12 +68,16 @@ def test_the_dtype_comes_with_its_reason(
 
 
 def test_a_compiler_is_looked_for_where_the_device_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor.util, "find_spec", lambda name: None)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(doctor, "missing_compiler", lambda device: "no C++ compiler")
     assert "no C++ compiler; nothing here needs it" in doctor.compiler(torch.device("cpu")).text
-    assert doctor.compiler(torch.device("cuda")) == doctor.Line(
-        "torch.compile", "needs Triton to decode the 4-bit weights: pip install triton", False
-    )
+    monkeypatch.setattr(doctor, "missing_compiler", lambda device: "no Triton")
+    line = doctor.compiler(cuda)
+    assert line.fine is False and line.text.startswith("no Triton: pip install triton; plain operations")
+    monkeypatch.setattr(doctor, "missing_compiler", lambda device: None)
+    for look_up, is_fine in (("tree", True), (None, False)):
+        monkeypatch.setattr(doctor, "fastest_look_up", lambda device, look_up=look_up: look_up)
+        assert doctor.compiler(cuda).fine is is_fine
 
 
 def test_a_missing_package_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

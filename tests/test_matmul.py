@@ -206,6 +206,21 @@ def test_a_cpu_does_not_measure_how_to_look_up(monkeypatch):
     assert matmul.fastest_look_up(torch.device("cpu")) in matmul.LOOK_UPS
 
 
+@pytest.mark.parametrize(
+    ("broken", "left"),
+    [
+        ({}, {"pairs", "tree"}),
+        ({"pairs": lambda *_: (_ for _ in ()).throw(RuntimeError("no backend"))}, {"tree"}),
+        ({"tree": lambda packed, *_: torch.zeros(len(packed), dtype=torch.int32)}, {"pairs"}),
+    ],
+)
+def test_a_look_up_that_does_not_compile_or_errs_is_left_out(broken: dict, left: set[str], monkeypatch):
+    original = matmul.compiled_decode
+    monkeypatch.setattr(matmul, "compiled_decode", lambda *how: broken.get(how[-1]) or original(*how))
+    with torch.compiler.set_stance("force_eager"):
+        assert set(matmul.time_look_ups(torch.device("cpu"), n=2**15)) == left
+
+
 @inductor
 def test_compiled_decoding_gives_the_bits_of_eager_and_two_graphs_serve_all_sizes(look_up):
     # Whole blocks: of a loop that it splits at them, Inductor's C++ leaves out the rest (torch 2.13).
