@@ -69,7 +69,7 @@ from minqlora.tokenizer import Tokenizer
 
 LEARNED = np.uint32(2**31)  # added to a token that has a label
 WINDOW = 4096  # examples that are packed together: enough to fill rows, few enough to keep the order random
-CHUNK = 2**23  # bytes of a file that are tokenized at a time; what an interruption loses is one of these
+CHUNK = 2**22  # bytes of a file that are tokenized at a time; what an interruption loses is one of these
 VERSION = 2  # of what is on disk
 ROUNDS = 8  # of the cipher: with the usual 4, some orders of half a dozen examples come oftener than others
 

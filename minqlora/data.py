@@ -39,7 +39,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -62,6 +62,7 @@ KINDS = {
 # What comes along with data and is none.
 NO_DATA = re.compile(r"\.|(readme|licen[cs]e)\b", re.IGNORECASE)
 PASSAGE = 2**20  # characters of a text file that are held at a time
+TOGETHER = 2**18  # characters of conversations that are tokenized by one call
 # Between two such lines a text can be cut: no token that a tokenizer of today makes would reach across.
 LINE_BREAK = re.compile(r"\n(?= ?\S)")
 
@@ -576,7 +577,7 @@ class Example(NamedTuple):
     @property
     def supervised(self) -> int:
         """The number of tokens that are learned. The first is predicted from nothing, and never is."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        return len(self.labels[1:]) - self.labels[1:].count(IGNORE)
 
 
 def encode(
@@ -593,19 +594,8 @@ def encode(
     if there is no chat template and more than a question and an answer to write, if the template changes
     earlier turns when later ones are added, or if it does not write tools or their calls.
     """
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for said, given, learned, _ in _turns(messages, tokenizer, tools):
-        ends = [place for place, token in enumerate(learned) if token in tokenizer.eos_ids]
-        after_end = ends[-1] + 1
-        input_ids += given + learned
-        labels += [IGNORE] * len(given)
-        labels += learned[:after_end] if said else [IGNORE] * after_end
-        labels += [IGNORE] * (len(learned) - after_end)
-    while labels and labels[-1] == IGNORE:  # what the template writes after the last answer teaches nothing
-        labels.pop()
-    input_ids = input_ids[: len(labels)]
-    return Example(input_ids, list(input_ids) if train_on_source else labels)
+    turns = list(_turns(messages, tokenizer, tools))
+    return _labelled(turns, _tokens_of(turns, tokenizer), tokenizer.eos_ids, train_on_source)
 
 
 def encode_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
@@ -625,18 +615,25 @@ def encode_prompt(messages: list[Message], tokenizer: Tokenizer) -> list[int]:
         turns = list(_turns(messages, tokenizer))
     except ValueError:
         turns = []
-    written = turns[-1][-1] if turns else ""
+    written = turns[-1].written if turns else ""
     if not text.startswith(written):
         turns, written = [], ""
-    earlier = [token for _, given, answer, _ in turns for token in given + answer]
+    earlier = [token for given, answer in _tokens_of(turns, tokenizer) for token in given + answer]
     return earlier + tokenizer.encode(text[len(written) :], continues=bool(written))
+
+
+class _Turn(NamedTuple):
+    """An answer of a conversation as text: what the template writes for it, and what before it."""
+
+    says: bool  # anything at all
+    given: str  # behind the answer before
+    answer: str
+    written: str  # all text of the conversation up to here
 
 
 def _turns(
     messages: list[Message], tokenizer: Tokenizer, tools: list[dict[str, Any]] | None = None
-) -> Iterator[tuple[bool, list[int], list[int], str]]:
-    # For each answer: if it says anything, the tokens given before it, its own with an end, and all text so
-    # far.
+) -> Iterator[_Turn]:
     written = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -646,16 +643,43 @@ def _turns(
             raise ValueError(
                 "the chat template rewrites earlier turns, so where the answers stand cannot be told"
             )
-        if tokenizer.chat_template is None:
-            # Only a text that no template wrote gets the tokenizer's own beginning of one.
-            given = tokenizer.begin(prompt)
-        else:
-            given = tokenizer.encode(prompt[len(written) :], continues=bool(written))
-        learned = tokenizer.encode(answer, continues=True)
-        if not any(token in tokenizer.eos_ids for token in learned):
-            learned.append(tokenizer.eos_ids[0])
-        written = prompt + answer
-        yield bool(message["content"] or message.get("tool_calls")), given, learned, written
+        given, written = prompt[len(written) :], prompt + answer
+        yield _Turn(bool(message["content"] or message.get("tool_calls")), given, answer, written)
+
+
+_Tokens = list[tuple[list[int], list[int]]]  # for each turn, of what is given and of the answer with an end
+
+
+def _tokens_of(turns: Sequence[_Turn], tokenizer: Tokenizer) -> _Tokens:
+    # By one call for all: texts one by one would take the tokenizer a third longer.
+    texts = [text for turn in turns for text in (turn.given, turn.answer)]
+    goes_on = [after for turn in turns for after in (len(turn.given + turn.answer) < len(turn.written), True)]
+    ids, ends = tokenizer.encode_all(texts, goes_on), set(tokenizer.eos_ids)
+    tokens = list(zip(ids[::2], ids[1::2], strict=True))
+    for _, answer in tokens:
+        if ends.isdisjoint(answer):
+            answer.append(tokenizer.eos_ids[0])
+    if tokenizer.chat_template is None:
+        # Only a text that no template wrote gets the tokenizer's own beginning of one.
+        tokens = [(tokenizer.begun(given), answer) for given, answer in tokens]
+    return tokens
+
+
+def _labelled(
+    turns: Sequence[_Turn], tokens: _Tokens, eos_ids: Sequence[int], train_on_source: bool
+) -> Example:
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for turn, (given, answer) in zip(turns, tokens, strict=True):
+        after_end = next(place for place in range(len(answer), 0, -1) if answer[place - 1] in eos_ids)
+        input_ids += given + answer
+        labels += [IGNORE] * len(given)
+        labels += answer[:after_end] if turn.says else [IGNORE] * after_end
+        labels += [IGNORE] * (len(answer) - after_end)
+    while labels and labels[-1] == IGNORE:  # what the template writes after the last answer teaches nothing
+        labels.pop()
+    input_ids = input_ids[: len(labels)]
+    return Example(input_ids, list(input_ids) if train_on_source else labels)
 
 
 def _segments(
@@ -669,6 +693,7 @@ def _segments(
         return messages[0]["content"], messages[1]["content"]
     prompt = tokenizer.render(messages[:-1], add_generation_prompt=True, tools=tools)
     whole = tokenizer.render(messages, tools=tools)
+    _text({"conversation": whole}, "conversation")  # with what only the template reads: names, tools
     if not whole.startswith(prompt):
         raise ValueError("the chat template writes an answer differently from the prompt it answers")
     answer = whole[len(prompt) :]
@@ -789,6 +814,8 @@ def encode_rows(
     row, if its keys are not those of the first row's format, or an answer is missing, null or not text.
     """
     limit, dataset_format = recipe.max_seq_length, recipe.dataset_format
+    waiting: list[list[_Turn]] = []
+    size = 0  # of the conversations that wait, in characters
     for row in rows:
         report.rows += row.begins
         with _naming(row):
@@ -798,9 +825,23 @@ def encode_rows(
             if dataset_format == "text":
                 yield from _encode_passage(content, row, tokenizer, limit, report)
                 continue
-            messages = to_messages(content, dataset_format)
-            tools, train_on_source = _tools(content), recipe.train_on_source
-            whole = encode(messages, tokenizer, tools=tools, train_on_source=train_on_source)
+            turns = list(_turns(to_messages(content, dataset_format), tokenizer, _tools(content)))
+        waiting.append(turns)
+        size += len(turns[-1].written)
+        if size >= TOGETHER:
+            yield from _encode_conversations(waiting, tokenizer, recipe, report)
+            waiting, size = [], 0
+    yield from _encode_conversations(waiting, tokenizer, recipe, report)
+
+
+def _encode_conversations(
+    conversations: list[list[_Turn]], tokenizer: Tokenizer, recipe: Recipe, report: DataReport
+) -> Iterator[Example]:
+    limit = recipe.max_seq_length
+    tokens = iter(_tokens_of(list(itertools.chain(*conversations)), tokenizer))
+    for turns in conversations:
+        of_turns = list(itertools.islice(tokens, len(turns)))
+        whole = _labelled(turns, of_turns, tokenizer.eos_ids, recipe.train_on_source)
         example = Example(whole.input_ids[:limit], whole.labels[:limit])
         supervised = example.supervised
         if not supervised:

@@ -66,6 +66,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minqlora.matmul import cast_linear
 from minqlora.nf4 import NF4Tensor
@@ -310,6 +311,7 @@ class AdaptedProduct(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, z, A and B for that of the result, (T, N)."""
         weight, A, B, a, *saved = ctx.saved_tensors

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minqlora.data import IGNORE
 from minqlora.lora import TrainedTokens
@@ -99,6 +100,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden states, weight and rows, made in forward, times that of the sum."""
         of_hidden, of_weight, of_rows = (

@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from minqlora.architecture import Architecture, Experts, Rotary
@@ -674,6 +675,7 @@ class Normalize(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of x: grad less its part along y, scaled as x was."""
         y, reciprocal_rms = ctx.saved_tensors

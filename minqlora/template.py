@@ -171,6 +171,8 @@ def _require_modest(size: int) -> None:
 def _size(value: Any) -> int:
     # Characters of a value and of all that it holds, as often as it holds it: some ten for an item, and those
     # of a text. Nobody counts on beyond what is too much.
+    if type(value) is str:  # what almost all are
+        return 10 + len(value)
     size, left = 0, [value]
     while left and size <= MAX_SIZE:
         part = left.pop()
@@ -196,7 +198,9 @@ _MULTIPLIERS |= {"batch", "slice", "tojson", "round", "to_bytes"}
 
 def _amount(operation: str, value: Any, others: Sequence[Any]) -> int:
     # No less than the size of what a filter, a method or an operator is about to make.
-    size, sizes = _size(value), [_size(other) for other in others]
+    size, sizes = _size(value), list(map(_size, others))
+    if operation == "+":
+        return size + sum(sizes)
     numbers = [abs(other) for other in (value, *others) if isinstance(other, int)]
     if operation in _MULTIPLIERS:
         return size * max(sizes + numbers, default=1)

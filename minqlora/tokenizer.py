@@ -85,12 +85,19 @@ class Tokenizer:
         """
         if add_special_tokens:
             return self.begin(text) + self._after
-        return self._backend.encode(text, continues)
+        return self.encode_all([text], [continues])[0]
+
+    def encode_all(self, texts: Sequence[str], continues: Sequence[bool]) -> list[list[int]]:
+        """Return the ids of some texts, each as `encode` does; all together, which is faster."""
+        return self._backend.encode(texts, continues)
 
     def begin(self, text: str) -> list[int]:
         """Return the ids of a text that goes on: after the tokens that the tokenizer puts before a text, and
         without those that it puts behind one."""
-        ids = self._backend.encode(text, continues=False)
+        return self.begun(self.encode(text))
+
+    def begun(self, ids: list[int]) -> list[int]:
+        """Return what `begin` does, given the ids of the text alone."""
         if self.bos_id is not None and self._before[-1:] == ids[:1] == [self.bos_id]:
             ids = ids[1:]
         return self._before + ids
@@ -169,7 +176,7 @@ class Tokenizer:
             named = "" if template == "default" else f" named {template!r}"
             raise ValueError(f"{self.folder}: the tokenizer has no chat template{named}{others}")
         seen = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        seen |= {"documents": None} | self._template_tokens() | variables
+        seen |= {"documents": None} | self._template_tokens | variables
         try:
             return self._sandbox.write(self.templates[template], seen)
         except Exception as error:  # a template is a program, and fails in as many ways
@@ -242,6 +249,7 @@ class Tokenizer:
         before = [self.bos_id] if begins and self.bos_id is not None else []
         return before, [eos_id] if ends and eos_id is not None else []
 
+    @cached_property
     def _template_tokens(self) -> dict[str, str]:
         # Every token that has a name, for instance `image_token`; a name without a token stays undefined.
         others = {
@@ -282,15 +290,24 @@ class _TokenizerJson:
         first = self._tokenizer.encode("a", add_special_tokens=False).tokens[:1]
         self._marks_beginnings = bool(first) and first[0][0] in "▁Ġ"
 
-    def encode(self, text: str, continues: bool) -> list[int]:
-        """Return the ids of a text, as its own beginning or as what follows other text."""
-        if continues and self._marks_beginnings:
-            # Behind a line break no word begins. Where the break stays a token of its own, it is taken off.
-            mark = self.encode("\n", continues=False)
-            ids = self.encode("\n" + text, continues=False)
-            if ids[: len(mark)] == mark:
-                return ids[len(mark) :]
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, texts: Sequence[str], continues: Sequence[bool]) -> list[list[int]]:
+        """Return the ids of texts, each as its own beginning or as what follows other text."""
+        if not self._marks_beginnings or not any(continues):
+            return self._encode(texts)
+        # Behind a line break no word begins. Where the break stays a token of its own, it is taken off.
+        [mark] = self._encode(["\n"])
+        ids = self._encode(
+            ["\n" + text if goes_on else text for text, goes_on in zip(texts, continues, strict=True)]
+        )
+        for place, goes_on in enumerate(continues):
+            if goes_on and ids[place][: len(mark)] == mark:
+                ids[place] = ids[place][len(mark) :]
+            elif goes_on:
+                [ids[place]] = self._encode([texts[place]])
+        return ids
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [found.ids for found in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -364,8 +381,11 @@ class _SentencePiece:
             [*joined, decoders.Strip(content=" ", left=1)] if marks_beginnings else joined
         )
 
-    def encode(self, text: str, continues: bool) -> list[int]:
-        """Return the ids of a text, as its own beginning or as what follows other text."""
+    def encode(self, texts: Sequence[str], continues: Sequence[bool]) -> list[list[int]]:
+        """Return the ids of texts, each as its own beginning or as what follows other text."""
+        return list(map(self._encode, texts, continues))
+
+    def _encode(self, text: str, continues: bool) -> list[int]:
         ids: list[int] = []
         place = 0
         for match in [*self._pattern.finditer(text), None]:

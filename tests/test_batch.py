@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,10 @@ def test_the_largest_token_and_a_label_fit_into_four_bytes(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("end", "workers"), [("\n", 1), ("\r\n", 2), ("\n\n \n", 1)])
 def test_chunks_and_workers_give_the_same_bytes_as_one_chunk(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, end: str, workers: int
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, end: str, workers: int
 ) -> None:
+    tokenizer = Tokenizer(tiny_model)
+    (new,) = tokenizer.add_tokens(["then"])  # since it was read: the workers have to hear of it
     first, second = write(tmp_path / "a.jsonl", rows(20), end), write(tmp_path / "b.jsonl", rows(9), end)
     first.write_bytes(b"\xef\xbb\xbf" + first.read_bytes())  # a byte order mark, which is no part of a row
     second.write_bytes(second.read_bytes().rstrip())  # no end of the last line
@@ -131,20 +134,10 @@ def test_chunks_and_workers_give_the_same_bytes_as_one_chunk(
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
     assert sorted(contents(tmp_path / "many")) == ["ends.bin", "report.json", "tokens.bin"]
     assert report.rows == len(examples) == 29
+    assert all(example.input_ids.count(new) == 1 for example in examples)
     size = first.stat().st_size + second.stat().st_size
     assert len(done) > 4 and done == sorted(done) and done[-1] == (size, size)
     assert not list((tmp_path / "many").glob(".*.partial"))
-
-
-def test_a_token_added_since_the_tokenizer_was_read_reaches_the_workers(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(batch, "CHUNK", 400)
-    tokenizer, path = Tokenizer(tiny_model), write(tmp_path / "a.jsonl", rows(12))
-    tokenize([path], tokenizer, LENGTH, tmp_path, workers=1)
-    (new,) = tokenizer.add_tokens(["then"])
-    examples, _ = tokenize([path], tokenizer, LENGTH, tmp_path, workers=2)
-    assert all(example.input_ids.count(new) == 1 for example in examples)
 
 
 @pytest.fixture
@@ -366,10 +359,15 @@ def test_two_files_are_not_their_content_as_one(tmp_path: Path, tokenizer: Token
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_broken_line_is_named_in_whatever_chunk_and_process_it_is(
+def test_a_broken_line_is_named_in_whatever_chunk_and_by_whichever_worker(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     monkeypatch.setattr(batch, "CHUNK", 400)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # workers set it for themselves
+    # Threads, which begin at once, in the place of processes; those are in the tests of chunks and of death.
+    monkeypatch.setattr(
+        batch, "ProcessPoolExecutor", lambda count, _, *start: ThreadPoolExecutor(count, "worker", *start)
+    )
     good, bad = write(tmp_path / "good.jsonl", rows(5), "\n\n"), tmp_path / "bad.jsonl"
     lines = [json.dumps(row) for row in rows(40)]
     lines[22], lines[33] = '{"prompt": "Q"}', "and this"
@@ -494,7 +492,7 @@ def test_what_is_kept_in_a_read_only_folder_is_used(
 # -- orders ------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**70))
 def test_any_number_of_places_is_permuted_and_any_piece_can_be_had(n: int, key: int) -> None:
     whole = permuted(range(n), n, key)
@@ -510,7 +508,7 @@ def test_every_number_of_places_up_to_300_is_permuted() -> None:
             assert sorted(permuted(range(n), n, key)) == list(range(n))
 
 
-@pytest.mark.parametrize("n", [2, 3, 5, 6, 16, 17, 64])
+@pytest.mark.parametrize("n", [2, 3, 6, 17, 64])
 @pytest.mark.parametrize("spread", [1, 1_000_003])
 def test_each_example_is_as_often_the_first_as_any_other(n: int, spread: int) -> None:
     n_keys = max(50 * n, 1000)

@@ -17,6 +17,7 @@ from hypothesis import example as with_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from tokenizers import Tokenizer as FastTokenizer
 
 import chat
 from minqlora import data
@@ -381,6 +382,42 @@ def test_the_prompt_is_tokenized_as_chat_does_and_the_answer_is_all_that_is_lear
         assert example.labels[len(prompt)] != IGNORE == example.labels[len(prompt) - 1]
 
 
+def encoded_one_by_one(
+    messages: list[dict[str, str]], tokenizer: Tokenizer, library: FastTokenizer
+) -> list[int]:
+    """The tokens up to the end of the last answer that says anything, by a call for each text between two."""
+    ids, last, written = [], 0, ""
+    for i in range(1, len(messages)):
+        if messages[i]["role"] == "assistant":
+            prompt = tokenizer.render(messages[:i], add_generation_prompt=True)
+            whole = tokenizer.render(messages[: i + 1])
+            for text in (prompt[len(written) :], whole[len(prompt) :]):
+                ids += library.encode(text, add_special_tokens=False).ids
+            written = whole
+            if messages[i]["content"]:
+                last = len(ids) - 1  # behind the end token the template breaks the line
+    return ids[:last]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    talks=st.lists(st.lists(st.tuples(texts, texts), min_size=1, max_size=3), max_size=5),
+    together=st.integers(1, 300),
+)
+def test_conversations_tokenized_together_are_those_tokenized_one_by_one(
+    tokenizer: Tokenizer, talks: list[list[tuple[str, str]]], together: int
+) -> None:
+    library = FastTokenizer.from_file(str(tokenizer.folder / "tokenizer.json"))
+    conversations = [[m for q, a in talk for m in (user(q), assistant(a))] for talk in talks]
+    rows = [Row("", {"messages": messages}) for messages in conversations]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "TOGETHER", together)
+        examples = list(encode_rows(rows, tokenizer, Recipe(10**6), DataReport()))
+    alone = [encode(messages, tokenizer) for messages in conversations]
+    assert examples == [example for example in alone if example.supervised]
+    assert [e.input_ids for e in alone] == [encoded_one_by_one(m, tokenizer, library) for m in conversations]
+
+
 def prompt_in_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """The tokens that chat.py gives the model."""
     prompts: list[list[int]] = []
@@ -516,6 +553,17 @@ def test_a_byte_order_mark_is_one_at_the_beginning_of_a_file_only(tokenizer: Tok
 def test_an_odd_line_is_named_by_its_number_too(tokenizer: Tokenizer, line: str) -> None:
     with pytest.raises(ValueError, match="rows.jsonl: line 2: "):
         load(f"{ROW}\n{line}", tokenizer)
+
+
+def test_half_a_character_that_only_the_template_reads_is_named_by_its_line(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    template = "{% for m in messages %}{{ m.name }}: {{ m.content }}<|im_end|>{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    talk = [user("Q") | {"name": "\ud83d"}, assistant("A") | {"name": "B"}]
+    with pytest.raises(ValueError, match="rows.jsonl: line 1: 'conversation' holds half of a surrogate pair"):
+        load(json.dumps({"messages": talk}), Tokenizer(folder))
 
 
 def test_a_conversation_that_the_template_refuses_is_named_by_its_line(

@@ -1,5 +1,6 @@
 """The chunked loss is torch's cross entropy at the supervised positions, and so is its gradient."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from minqlora import loss
 from minqlora.data import IGNORE
-from minqlora.lora import TrainedTokens
+from minqlora.lora import AdaptedProduct, TrainedTokens
 from minqlora.loss import supervised_loss
+from minqlora.model import Normalize
 
 D, VOCAB = 24, 37
 
@@ -180,3 +182,24 @@ def test_without_gradient_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         total = supervised_loss(hidden.requires_grad_(), targets, head_of(head))
     torch.testing.assert_close(total, dense(hidden.detach(), targets, head, 1.0)[0])
+
+
+def adapted(x: Tensor) -> Tensor:
+    A, B = torch.randn(2, 6, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    return AdaptedProduct.apply(x, None, torch.randn(5, 6), None, A, B, 0.5, None)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: supervised_loss(x[None], torch.tensor([[1, 2, 0, 3]]), head_of(torch.randn(4, 6))),
+        lambda x: Normalize.apply(x, 1e-6, torch.float32),
+        adapted,
+    ],
+    ids=["loss", "norm", "adapter"],
+)
+def test_a_second_derivative_is_refused_and_not_silently_wrong(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(4, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()

@@ -771,6 +771,11 @@ def test_text_that_continues_has_the_tokens_it_has_inside_a_whole(
     assert tokenizer.encode("the", continues=True) != tokenizer.encode("the")
     assert tokenizer.encode(" the", continues=True) == tokenizer.encode("the")
     assert tokenizer.encode("", continues=True) == []
+    texts, continues = ["the", "the", "", "\n\n the", " the", start], [True, False, True, True, False, False]
+    alone = [
+        tokenizer.encode(text, continues=goes_on) for text, goes_on in zip(texts, continues, strict=True)
+    ]
+    assert tokenizer.encode_all(texts, continues) == alone and alone[0] != alone[1]
 
 
 # -- the templates of real models, in their manner ---------------------------------------------------------
