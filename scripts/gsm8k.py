@@ -5,7 +5,8 @@
 DATA is GSM8K's train.jsonl as its authors publish it, a question and an answer that ends in `#### N` a line.
 The last 150 questions are held out, the rest is learned from (scripts/configs/gsm8k.yaml says how), and
 evaluate.py sets base and adapter side by side: exact match, with Wilson's intervals. Everything stays in
-runs/gsm8k-1 (-2, ...) and, of the data, beside it; --output keeps the figures apart, with the loss on held-out answers before and after.
+runs/gsm8k-1 (-2, ...), the two parts of the data beside it; --output keeps the figures apart, with the loss
+on held-out answers before and after.
 """
 
 import json
