@@ -315,8 +315,8 @@ def main() -> None:
             in_16, in_4 = perplexities(source, config.out, windows, dtype, device)
             report["perplexity"] = {"16_bits": in_16, "4_bits": in_4, "tokens": windows[:, 1:].numel()}
             write_atomically(config.out / REPORT_FILE, as_json(report))
-    print_report(report)
-    print(f"saved     {config.out}")
+        print_report(report)
+        print(f"saved     {config.out}")
 
 
 if __name__ == "__main__":
