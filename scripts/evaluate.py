@@ -259,6 +259,18 @@ def _grouped(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield group
 
 
+def text_ids(path: Path, text: str, tokenizer: Tokenizer, limit: int | None) -> tuple[list[int], list[int]]:
+    """Return the token that begins every text, or none, and the first `limit` tokens of a text.
+
+    Raises ValueError, naming the file, if nothing can be predicted in it.
+    """
+    ids = tokenizer.encode(text)[:limit]
+    first = [token for token in tokenizer.begin("")[:1] if token == tokenizer.bos_id]
+    if len(ids) + len(first) < 2:
+        raise ValueError(f"{path}: too short a text to take a perplexity of")
+    return first, ids
+
+
 def windows(ids: list[int], first: list[int], length: int, stride: int) -> list[Example]:
     """Return a text as windows of at most `length` tokens, in which each token counts once.
 
@@ -281,10 +293,7 @@ def measure_text(contender: Contender, path: Path, text: str, config: Config) ->
     """Return the perplexity of a text and its bits per byte."""
     assert config.stride and config.max_seq_length  # by __post_init__
     tokenizer = contender.tokenizer
-    ids = tokenizer.encode(text)[: config.text_tokens]
-    first = [token for token in tokenizer.begin("")[:1] if token == tokenizer.bos_id]
-    if len(ids) + len(first) < 2:
-        raise ValueError(f"{path}: too short a text to take a perplexity of")
+    first, ids = text_ids(path, text, tokenizer, config.text_tokens)
     longest = contender.model.arch.max_positions
     if min(config.max_seq_length, len(ids)) > longest:
         raise ValueError(
