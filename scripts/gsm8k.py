@@ -90,7 +90,7 @@ def main() -> int:
         ["finetune.py", "--config", ROOT / "scripts" / "configs" / "gsm8k.yaml", "--model", model]
         + ["--dataset", train, "--eval_dataset", held_out, "--output_dir", run]
         + ["--max_steps", config.max_steps],
-        ["evaluate.py", "--adapter", run, "--questions", held_out, "--output", results]
+        ["evaluate.py", "--adapter", run, "--questions", held_out, "--output", results, "--dtype", "float32"]
         + ["--max_new_tokens", config.max_new_tokens, "--batch_size", config.batch_size],
     ]
     for script, *arguments in commands:
