@@ -17,13 +17,18 @@ pip = .venv/bin/python -m pip install --quiet --disable-pip-version-check --cons
 install = $(pip) setuptools && $(pip) --no-build-isolation --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench figures clean
+.PHONY: help demo gsm8k test test-all lint bench figures clean
 
 help: ## say what each target does
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.demo ## fine-tune a small model, compare it before and after (some 8 minutes on 2 cores)
 	.venv/bin/python scripts/demo.py $(ARGS)
+
+# GSM8K's train.jsonl, from github.com/openai/grade-school-math (grade_school_math/data/).
+DATA ?= $(or $(MINQLORA_DATA),.)/gsm8k_train.jsonl
+gsm8k: .venv/.demo ## solve GSM8K's problems before and after fine-tuning (some 20 minutes on 2 cores; DATA=train.jsonl)
+	.venv/bin/python scripts/gsm8k.py "$(DATA)" $(ARGS)
 
 test: .venv/.test assets ## run the tests, but for the slow ones
 	.venv/bin/python -m pytest $(ARGS)

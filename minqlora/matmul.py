@@ -54,6 +54,7 @@ from minqlora.quantize import byte_table, codes_per_byte, dequantize, dequantize
 # the scratch of a thread stays under 16 MiB, whatever the matrix.
 TILE = 2**23
 TOKENS = 256  # rows of X or dY in a product
+ROWS = (TOKENS, TOKENS // 4)  # the numbers of rows that oneDNN is given
 WINDOW = 2**18  # scales decoded at a time: 1 MiB of float32
 
 # Rows of the weight, and the same rows decoded: (rows, K) in the compute dtype.
@@ -443,7 +444,7 @@ def product(x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> None:
     """
     done = 0
     if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn():
-        for size in (TOKENS, TOKENS // 4):
+        for size in ROWS:
             while done + size <= len(x):
                 some = slice(done, done + size)
                 y = torch.ops.mkldnn._linear_pointwise(x[some], weight, None, "none", [], "")

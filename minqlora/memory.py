@@ -31,7 +31,7 @@ With several micro-batches a step the gradients of the first are there all the t
 The plan is made from config.json alone: the model is built without memory, as it is before loading, and
 adapters are put on it, so that parameters are counted and not estimated. It is the worst case of a run: full
 rows, every token an answer's. Not counted are the process itself, a GPU's context (some 0.5 GB) and what an
-allocator keeps for later; decoding buffers are.
+allocator keeps for later; decoding buffers are, and what oneDNN keeps on a CPU, which no tensor holds.
 
 Shapes and dtypes: bytes, as ints. Cost: a fraction of a second, no tensor.
 
@@ -54,11 +54,15 @@ from minqlora.architecture import Architecture, Layer
 from minqlora.checkpoint import Quantization, quantized_bytes
 from minqlora.lora import LoRAConfig, LoRALinear, adapters, attach
 from minqlora.loss import CHUNK
-from minqlora.matmul import TILE, TOKENS, WINDOW
+from minqlora.matmul import ROWS, TILE, TOKENS, WINDOW
 from minqlora.model import CausalLM
 from minqlora.optim import BLOCK_SIZE, HEADROOM, NARROW_FROM
 from minqlora.quantize import CHUNK as QUANTIZED_AT_A_TIME
 from minqlora.quantize import RUN
+
+# Bytes that oneDNN keeps of a shape of product: measured 550 to 660 KiB for most, of narrow weights and wide
+# ones alike, on a CPU with AVX-512 (RSS after one product each, under tcmalloc, what was free given back).
+KERNEL = 600 * 1024
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Plan:
     backward: int = field(metadata={"what": "what one block computes with in its backward pass"})
     logits: int = field(metadata={"what": "a chunk of logits, and the hidden states with their gradient"})
     workspace: int = field(metadata={"what": "decoded weights, pages of moments"})
+    kernels: int = field(metadata={"what": "oneDNN's, of each shape of product on a CPU"})
     instant: str  # when that is
     instants: dict[str, int]  # the total at each of the instants that could be the fullest
     host: int  # bytes of moments in host memory, besides
@@ -187,6 +192,7 @@ def _plan(model: CausalLM, setup: Setup, *, paged: bool) -> Plan:
     }
     host = moments if paged and setup.device != "cpu" else 0
     held |= dict(moments=moments - host, backward=0, activations=0, logits=0)
+    held |= dict(kernels=kernel_bytes(model, setup))
     totals = {name: sum((held | parts).values()) for name, parts in instants.items()}
     fullest = max(totals, key=totals.__getitem__)
     return Plan(**(held | instants[fullest]), instant=fullest, instants=totals, host=host)
@@ -414,6 +420,26 @@ def workspace_bytes(model: CausalLM, setup: Setup) -> int:
     # which lie above a border; of decoding, index and scales.
     quantizing, decoding = at_a_time * (4 + 1 + 1), min(RUN, largest) * 8
     return max(tile, 4 * at_a_time) + quantizing + decoding + min(WINDOW, largest // block_size) * 4
+
+
+def kernel_bytes(model: CausalLM, setup: Setup) -> int:
+    """Return the bytes that oneDNN keeps on a CPU of the products that `matmul.product` hands it: as much of
+    each shape, forward and backward, whatever its size. A weight has tiles of one height, and the last one's.
+    """
+    if setup.device != "cpu" or setup.dtype != torch.float32:
+        return 0
+    shapes = {(*weight.shape, setup.tokens) for weight in block_weights(model)}
+    shapes = shapes if setup.method == "qlora" else set()
+    if setup.method != "full" and setup.stored_dtype != setup.dtype:
+        shapes.add((model.arch.vocab_size, model.arch.hidden_size, min(CHUNK, setup.tokens)))
+    products = set()
+    for n, k, tokens in shapes:
+        height = min(n, max(TILE // (k * setup.dtype.itemsize), 1))
+        for rows in ROWS:
+            if tokens >= rows:
+                products |= {(rows, height, k), (rows, n % height or height, k)}
+                tokens %= rows
+    return 2 * len(products) * KERNEL
 
 
 def rotary_bytes(arch: Architecture, setup: Setup) -> int:

@@ -154,16 +154,24 @@ class WeightsAndBiases:
         import wandb
 
         earlier = sorted((folder / "wandb").glob("*run-*-*")) if resumed_from is not None else []
-        self._run = wandb.init(
-            project="minqlora",
-            name=folder.resolve().name,
-            dir=str(folder),
-            config={name: str(value) if isinstance(value, Path) else value for name, value in config.items()},
-            id=earlier[-1].name.rpartition("-")[2] if earlier else None,
-            resume="allow" if earlier else None,
-            mode=mode,
-            settings=wandb.Settings(console="off", quiet=True),
-        )
+        try:
+            self._run = wandb.init(
+                project="minqlora",
+                name=folder.resolve().name,
+                dir=str(folder),
+                config={
+                    name: str(value) if isinstance(value, Path) else value for name, value in config.items()
+                },
+                id=earlier[-1].name.rpartition("-")[2] if earlier else None,
+                resume="allow" if earlier else None,
+                mode=mode,
+                settings=wandb.Settings(console="off", quiet=True),
+            )
+        except Exception as error:  # its own kinds of errors, and those of its network
+            why = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(
+                f"--report_to wandb: it does not start ({why}); WANDB_MODE=offline needs no account"
+            ) from None
         # By our own count of steps: those that are done again after a kill would be refused by wandb's.
         self._run.define_metric("*", step_metric="step")
 

@@ -10,11 +10,12 @@ The base model is the one that the adapter was trained on. The answer appears as
 it. An empty line, Ctrl-D or Ctrl-C at the prompt ends the conversation.
 
 --prompts is a text file of a prompt a line, or JSONL with the key prompt, question, instruction or messages.
-Its answers are written as they come, as rows that finetune.py can learn from; a run that was interrupted goes
-on where it stopped.
+Its answers are written as they come, as rows that finetune.py can learn from, each with what it was made
+with; a run that was interrupted goes on where it stopped, if model, adapter and sampling are the same.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 from finetune import choose_device
 from minqlora import generate, generate_batch, load_adapter, load_model, set_adapter
+from minqlora.adapter import WEIGHTS_FILE
 from minqlora.checkpoint import default_dtype, find_model
 from minqlora.codebook import QUANT_TYPES
 from minqlora.data import encode_prompt, parse_row
@@ -578,17 +580,30 @@ def asked_by(row: dict[str, Any]) -> list[Message]:
     raise ValueError(f"found the keys {sorted(row)}, expected prompt, question, instruction or messages")
 
 
-def answer_row(line: int, asked: list[Message], answer: str) -> dict[str, Any]:
+def made_with(config: Config) -> dict[str, Any]:
+    """Return all that decides what is answered to a prompt; of the adapter, a checksum of its weights too."""
+    names = (*QUANTIZATION, "dtype", "system", "max_new_tokens", "max_context", "stop", "seed")
+    active = next(iter(config.adapters().values()), None)
+    adapter = (
+        active and f"{active}, sha256 {hashlib.sha256((active / WEIGHTS_FILE).read_bytes()).hexdigest()}"
+    )
+    options = {name: getattr(config, name) for name in names} | config.sampling()
+    return {"model": str(config.model), "adapter": adapter} | options
+
+
+def answer_row(line: int, asked: list[Message], answer: str, made: dict[str, Any]) -> dict[str, Any]:
     """Return what is written of an answer: a row that finetune.py understands."""
     if asked == [{"role": "user", "content": asked[0]["content"]}]:
-        return {"line": line, "prompt": asked[0]["content"], "completion": answer}
-    return {"line": line, "messages": [*asked, {"role": "assistant", "content": answer}]}
+        row = {"line": line, "prompt": asked[0]["content"], "completion": answer}
+    else:
+        row = {"line": line, "messages": [*asked, {"role": "assistant", "content": answer}]}
+    return row | {"made_with": made}
 
 
-def answered_lines(path: Path, asked: dict[int, list[Message]]) -> set[int]:
+def answered_lines(path: Path, asked: dict[int, list[Message]], made: dict[str, Any]) -> set[int]:
     """Return the lines of the prompts whose answers a file holds; what a killed run left of a row is cut off.
 
-    Raises ValueError for a file that holds anything else.
+    made: what answers are to be made with. Raises ValueError for a file that holds anything else.
     """
     *lines, unfinished = path.read_bytes().split(b"\n") if path.exists() else [b""]
     done = set()
@@ -600,6 +615,13 @@ def answered_lines(path: Path, asked: dict[int, list[Message]]) -> set[int]:
             is_answer = False
         if not is_answer:
             raise ValueError(f"{path}: line {number} is no answer to these prompts; choose another --output")
+        before = row.get("made_with") or {}
+        for key, value in made.items():
+            if before.get(key) != value:
+                raise ValueError(
+                    f"{path}: line {number} was made with {key} = {before.get(key)}, and this would be made "
+                    f"with {value}; choose another --output"
+                )
         done.add(row["line"])
     if unfinished:
         os.truncate(path, path.stat().st_size - len(unfinished))
@@ -613,7 +635,8 @@ def answer_file(speaker: Speaker, config: Config) -> None:
     """
     assert config.prompts and config.output
     asked = read_prompts(config.prompts)
-    done = answered_lines(config.output, asked)
+    made = made_with(config)
+    done = answered_lines(config.output, asked, made)
     limits, tokenizer, stop = Limits(config, speaker.model), speaker.tokenizer, config.stop or []
     head: list[Message] = [{"role": "system", "content": config.system}] if config.system else []
     waiting = {}
@@ -641,7 +664,7 @@ def answer_file(speaker: Speaker, config: Config) -> None:
             )
             for line, ids in zip(some, answers, strict=True):
                 answer = before_stop(tokenizer.decode(ids), stop)
-                file.write(as_line(answer_row(line, asked[line], answer)))
+                file.write(as_line(answer_row(line, asked[line], answer, made)))
             file.flush()
             bar.update(len(some))
     before = f", {len(done):,} of them before" if done else ""

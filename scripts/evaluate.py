@@ -38,6 +38,7 @@ from chat import ModelConfig, Speaker, read_rows
 from finetune import Config as FinetuneConfig
 from finetune import as_json, choose_device
 from minqlora import generate_batch, load_model
+from minqlora.architecture import read_architecture
 from minqlora.batch import collate, tokenize
 from minqlora.checkpoint import default_dtype, find_model
 from minqlora.data import IGNORE, Example, encode_prompt, to_messages
@@ -63,7 +64,11 @@ class Config(ModelConfig):
     choices: list[Path] | None = option(None, "JSONL files of questions with choices")
     output: Path | None = option(None, "JSON file for the results, and for the answers that were given")
 
-    max_seq_length: int = option(1024, "tokens of a window of text; longest example in tokens")
+    max_seq_length: int | None = option(
+        None,
+        "tokens of a window of text; longest example in tokens (default: 1024, or what the model was made "
+        "for if that is less)",
+    )
     stride: int | None = option(
         None, "tokens that the window moves on, which are counted; the rest is context (default: half of it)"
     )
@@ -94,6 +99,16 @@ class Config(ModelConfig):
                 value = getattr(self, name)
                 if value is not None and value < least:
                     raise ValueError(f"--{name} must be at least {least}, got {value}")
+        if not (self.text or self.dataset or self.questions or self.choices):
+            raise ValueError("nothing to measure: give --text, --dataset, --questions or --choices")
+        if self.output is not None and not self.output.resolve().parent.is_dir():
+            raise ValueError(f"--output {self.output}: there is no such folder")
+        if self.model is not None or self.adapter or self.merged is None:
+            super().__post_init__()
+        if self.max_seq_length is None:
+            source = self.model or self.merged
+            assert source is not None  # or nobody would be measured
+            self.max_seq_length = min(1024, read_architecture(find_model(source)).max_positions)
         if self.stride is None:
             self.stride = max(self.max_seq_length // 2, 1)
         if self.stride >= self.max_seq_length:
@@ -101,12 +116,6 @@ class Config(ModelConfig):
                 f"--stride {self.stride} must be below --max_seq_length {self.max_seq_length}: each token is "
                 "predicted from one before it at least"
             )
-        if not (self.text or self.dataset or self.questions or self.choices):
-            raise ValueError("nothing to measure: give --text, --dataset, --questions or --choices")
-        if self.output is not None and not self.output.resolve().parent.is_dir():
-            raise ValueError(f"--output {self.output}: there is no such folder")
-        if self.model is not None or self.adapter or self.merged is None:
-            super().__post_init__()
 
 
 # ---- figures and their intervals ---------------------------------------------------------------------------
@@ -250,6 +259,18 @@ def _grouped(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield group
 
 
+def text_ids(path: Path, text: str, tokenizer: Tokenizer, limit: int | None) -> tuple[list[int], list[int]]:
+    """Return the token that begins every text, or none, and the first `limit` tokens of a text.
+
+    Raises ValueError, naming the file, if nothing can be predicted in it.
+    """
+    ids = tokenizer.encode(text)[:limit]
+    first = [token for token in tokenizer.begin("")[:1] if token == tokenizer.bos_id]
+    if len(ids) + len(first) < 2:
+        raise ValueError(f"{path}: too short a text to take a perplexity of")
+    return first, ids
+
+
 def windows(ids: list[int], first: list[int], length: int, stride: int) -> list[Example]:
     """Return a text as windows of at most `length` tokens, in which each token counts once.
 
@@ -270,12 +291,9 @@ def windows(ids: list[int], first: list[int], length: int, stride: int) -> list[
 
 def measure_text(contender: Contender, path: Path, text: str, config: Config) -> dict[str, Figure]:
     """Return the perplexity of a text and its bits per byte."""
-    assert config.stride is not None  # by __post_init__
+    assert config.stride and config.max_seq_length  # by __post_init__
     tokenizer = contender.tokenizer
-    ids = tokenizer.encode(text)[: config.text_tokens]
-    first = [token for token in tokenizer.begin("")[:1] if token == tokenizer.bos_id]
-    if len(ids) + len(first) < 2:
-        raise ValueError(f"{path}: too short a text to take a perplexity of")
+    first, ids = text_ids(path, text, tokenizer, config.text_tokens)
     longest = contender.model.arch.max_positions
     if min(config.max_seq_length, len(ids)) > longest:
         raise ValueError(
@@ -295,6 +313,7 @@ def measure_text(contender: Contender, path: Path, text: str, config: Config) ->
 
 def measure_dataset(contender: Contender, path: Path, config: Config) -> dict[str, Figure]:
     """Return the loss per supervised token of a file of examples."""
+    assert config.max_seq_length  # by __post_init__
     examples, _ = tokenize([path], contender.tokenizer, config.max_seq_length, config.data_cache)
     count = min(len(examples), config.max_samples or len(examples))
     sums, counts = summed_losses(contender.model, [examples[i] for i in range(count)], path.name)

@@ -2,6 +2,7 @@
 
     make figures        or        python scripts/figures.py
 
+method.png                  the way of X through a frozen 4-bit weight and its adapter, and what is kept where
 nf4_levels.png              where the 16 levels stand under the normal density, beside those of Int4 and FP4
 block_size_error.png        what a smaller block buys and costs, with and without double quantization
 bits_per_parameter.png      where the 4.127 bits of a weight go
@@ -34,7 +35,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from matplotlib.patches import ConnectionPatch, Patch  # noqa: E402
+from matplotlib.patches import ConnectionPatch, Patch, Rectangle  # noqa: E402
 from matplotlib.ticker import PercentFormatter  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,7 @@ def main() -> None:
     plt.rcParams["axes.titlesize"] = 11
     plt.rcParams["axes.titlelocation"] = "left"
     plt.rcParams["axes.spines.top"] = plt.rcParams["axes.spines.right"] = False
+    draw_method(folder / "method.png")
     draw_levels(folder / "nf4_levels.png")
     draw_block_sizes(folder / "block_size_error.png")
     draw_bits_per_parameter(folder / "bits_per_parameter.png")
@@ -95,6 +97,86 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure, and let go of its memory."""
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
+
+
+# ---- the method --------------------------------------------------------------------------------------------
+
+
+def draw_method(path: Path) -> None:
+    """Draw the way from X to Y: through a frozen weight's decoded tile, and through its trained adapter."""
+    figure, axes = plt.subplots(figsize=(8, 6.6))
+    axes.set(xlim=(0, 100), ylim=(0, 86))
+    axes.set_axis_off()
+    axes.set_title("Y = X @ dequantize(W).T + scaling * (X @ lora_A.T) @ lora_B.T")
+    for y, height, color, name_at, name in (
+        (41, 45, GREY, 83, "frozen, in 4.127 bits a weight"),
+        (19, 19, ORANGE, 35, "trained: the adapter, of rank r"),
+        (0, 14, GREEN, 2.4, "moments: in host memory when a GPU's runs short"),
+    ):
+        axes.add_patch(Rectangle((12, y), 76, height, color=color, alpha=0.1, linewidth=0))
+        axes.text(14, name_at, name, color=color, va="center", weight="bold", fontsize=10)
+    _box(axes, (0, 44), (9, 9), "black", "X\n(T, K)")
+    _box(axes, (91, 44), (9, 9), "black", "Y\n(T, N)")
+    _draw_frozen_weight(axes)
+    _draw_adapter_and_moments(axes)
+    save(figure, path)
+
+
+def _box(
+    axes: Axes,
+    corner: tuple[float, float],
+    size: tuple[float, float],
+    color: str,
+    text: str,
+    fontsize: int = 10,
+) -> None:
+    axes.add_patch(Rectangle(corner, *size, color=color, linewidth=0))
+    x, y = corner[0] + size[0] / 2, corner[1] + size[1] / 2
+    axes.text(x, y, text, color="white", ha="center", va="center", fontsize=fontsize, linespacing=1.3)
+
+
+def _arrows(axes: Axes, *points: tuple[float, float], style: str = "-|>") -> None:
+    # A line through all points, with its head at the last.
+    axes.plot(*zip(*points[:-1], strict=True), color="black", linewidth=1.2, solid_joinstyle="miter")
+    arrow = dict(arrowstyle=style, color="black", linewidth=1.2, shrinkA=0, shrinkB=0)
+    axes.annotate("", xy=points[-1], xytext=points[-2], arrowprops=arrow)
+
+
+def _draw_frozen_weight(axes: Axes) -> None:
+    # Sixteen weights in two blocks of eight, with their codes and scales as they come out.
+    tensor = NF4Tensor.from_float(normal_weight(1, 16) * 0.02, block_size=8, double_quant=False)
+    assert tensor.absmax is not None
+    codes = [code for byte in tensor.packed.tolist() for code in (byte >> 4, byte & 15)]
+    for y, color, name in (
+        (76.8, BLUE, "packed: which of the 16 levels of NF4, two codes in a byte"),
+        (68.3, ORANGE, "absmax: the scale of a block of 64, in 8 bits"),
+        (59.8, GREEN, "nested absmax: the scale of 256 of these, in 32 bits"),
+    ):
+        axes.text(14, y, name, fontsize=9, color=color, va="bottom")
+    for place, code in enumerate(codes):
+        _box(axes, (14 + 4.5 * place + (0.4 if place >= 8 else 0), 72.6), (4.1, 4), BLUE, str(code), 9)
+    for place, scale in enumerate(tensor.absmax.tolist()):
+        _box(axes, (14 + 36.4 * place, 64.1), (35.6, 4), ORANGE, f"{scale:.4f}", 9)
+    _box(axes, (14, 55.6), (72, 4), GREEN, "nested_absmax, nested_codebook, offset", 9)
+    _box(axes, (54, 43), (32, 9), BLUE, "a tile of W, in 16 or 32 bits:\nlevel x absmax", 9)
+    _arrows(axes, (70, 55.6), (70, 52))
+    axes.text(14, 53.3, "decoded for each product,\ndropped after it", fontsize=9, va="top")
+    _arrows(axes, (9, 47), (54, 47))
+    _arrows(axes, (86, 47), (91, 47))
+
+
+def _draw_adapter_and_moments(axes: Axes) -> None:
+    for x, text in ((24, "lora_A\n(r, K)"), (58, "lora_B\n(N, r)")):
+        _box(axes, (x, 21), (18, 9), ORANGE, text)
+    for x, text in ((24, "exp_avg, exp_avg_sq\nof lora_A"), (58, "exp_avg, exp_avg_sq\nof lora_B")):
+        _box(axes, (x - 3, 5), (24, 7), GREEN, text, 9)
+        _arrows(axes, (x + 9, 12), (x + 9, 21), style="<|-|>")
+    axes.text(50, 16.5, "page by page", fontsize=9, va="center", ha="center")
+    _arrows(axes, (4.5, 44), (4.5, 25.5), (24, 25.5))
+    _arrows(axes, (42, 25.5), (58, 25.5))
+    axes.text(50, 26.3, "(T, r)", fontsize=9, ha="center")
+    _arrows(axes, (76, 25.5), (95.5, 25.5), (95.5, 44))
+    axes.text(94.3, 33.5, "+ scaling *", fontsize=9, ha="right", va="center")
 
 
 # ---- the levels --------------------------------------------------------------------------------------------

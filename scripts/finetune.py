@@ -294,7 +294,10 @@ class Config:
             raise ValueError("--quantize_embeddings and --bits 16 contradict each other")
         if self.loraplus_lr_ratio is not None and self.loraplus_lr_ratio <= 0:
             raise ValueError(f"--loraplus_lr_ratio must be positive, got {self.loraplus_lr_ratio}")
-        LoRAConfig(**self.lora_options())  # which says what cannot be
+        try:
+            LoRAConfig(**self.lora_options())  # which says what cannot be
+        except ValueError as error:
+            raise ValueError(re.sub(r"^init ", "--init_lora_weights ", str(error))) from None
         if not self.dataset:
             raise ValueError("--dataset needs at least one file")
         if self.eval_dataset and self.val_size:

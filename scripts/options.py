@@ -30,6 +30,7 @@ import dataclasses
 import difflib
 import itertools
 import math
+import os
 import re
 import shutil
 import sys
@@ -116,9 +117,19 @@ def to_yaml(config: Any) -> str:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a ValueError or OSError raised inside into one line on stderr, `error: ...`, and exit code 2."""
+    """Turn a ValueError or OSError raised inside into one line on stderr, `error: ...`, and exit code 2.
+
+    Whoever reads stdout may have had enough of it (`... | head`): then nothing is said, and the exit code is
+    141, that of a program which the signal SIGPIPE ends.
+    """
     try:
         yield
+        sys.stdout.flush()  # what is still to be written fails here, and not where nobody can catch it
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # Python flushes it once more at the end
+        raise SystemExit(141) from None
     except (ValueError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.filename is not None:

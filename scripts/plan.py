@@ -322,11 +322,11 @@ def main() -> None:
     with user_errors():
         request = read_request(config)
         columns = [make_column(method, request) for method in METHODS]
-    if config.json:
-        print(json.dumps(document(request, columns)))
-        return
-    for line in page(request, columns):
-        print(line)
+        if config.json:
+            print(json.dumps(document(request, columns)))
+            return
+        for line in page(request, columns):
+            print(line)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from evaluate import read_text, text_ids
 from finetune import as_json, choose_device, show_progress
 from minqlora import NF4Tensor
 from minqlora.architecture import read_config
@@ -253,14 +254,8 @@ def _perplexity(model: CausalLM, hidden: list[Tensor], windows: Tensor) -> float
 
 def read_windows(path: Path, tokenizer: Tokenizer, n_tokens: int, length: int) -> Tensor:
     """Return the beginning of a text file in windows (n, T) of token ids, each begun as a text is."""
-    text = path.read_text(encoding="utf-8")[: 32 * n_tokens]
-    first = tokenizer.encode("", add_special_tokens=True)[:1]  # the token that begins a text, if there is one
-    if first and tokenizer.token(first[0]) != tokenizer.special_tokens["bos_token"]:
-        first = []
-    ids = tokenizer.encode(text)[:n_tokens]
+    first, ids = text_ids(path, read_text(path)[: 32 * n_tokens], tokenizer, n_tokens)
     length = min(length - len(first), len(ids))
-    if length < 2:
-        raise ValueError(f"{path}: too short a text to take a perplexity on")
     return torch.tensor([first + ids[i : i + length] for i in range(0, len(ids) - length + 1, length)])
 
 
@@ -315,8 +310,8 @@ def main() -> None:
             in_16, in_4 = perplexities(source, config.out, windows, dtype, device)
             report["perplexity"] = {"16_bits": in_16, "4_bits": in_4, "tokens": windows[:, 1:].numel()}
             write_atomically(config.out / REPORT_FILE, as_json(report))
-    print_report(report)
-    print(f"saved     {config.out}")
+        print_report(report)
+        print(f"saved     {config.out}")
 
 
 if __name__ == "__main__":

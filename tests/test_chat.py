@@ -620,6 +620,42 @@ def test_an_interrupted_file_goes_on_to_the_same_answers(
 
 
 @pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--seed", "1", "was made with seed = 0, and this would be made with 1"),
+        ("--temperature", "0.5", "was made with temperature = 0.0, and this would be made with 0.5"),
+        ("--system", "Be brief.", "was made with system = None, and this would be made with Be brief."),
+        ("--bits", "16", "was made with bits = 4, and this would be made with 16"),
+    ],
+)
+def test_answers_of_two_kinds_never_stand_in_one_file(
+    ask_file: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    value: str,
+    message: str,
+) -> None:
+    ask_file()
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        ask_file(flag, value)
+    assert stop.value.code == 2 and f"out.jsonl: line 1 {message}; choose another" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+def test_an_adapter_that_was_trained_on_is_another_adapter(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = chat.Config(model=Path("MODEL"), adapter=[str(folder)])
+    (folder / "adapter_model.safetensors").write_bytes(b"one")
+    first = chat.made_with(config)
+    assert first == chat.made_with(config) and first["adapter"].startswith(f"{folder}, sha256 ")
+    (folder / "adapter_model.safetensors").write_bytes(b"two")
+    assert chat.made_with(config) != first
+
+
+@pytest.mark.parametrize(
     ("asked", "name", "message"),
     [
         ("{", "a.jsonl", "a.jsonl: line 1: not valid JSON"),

@@ -479,7 +479,6 @@ CHOICE = {"question": "?", "choices": ["a", "b"], "answer": 0}
     ("option", "content", "message"),
     [
         ("text", "", "too short a text"),
-        ("text", "a b c " * 200, "--max_seq_length 1024: the model was trained on 512 tokens at most"),
         ("text", b"caf\xe9", "x.jsonl: not UTF-8 (unexpected end of data at byte 3)"),
         ("dataset", "{}", "x.jsonl"),
         ("questions", "", "x.jsonl: is empty"),
@@ -519,6 +518,21 @@ def test_a_file_that_cannot_be_measured_is_one_line_and_code_2(
     flags = ["--model", str(tiny_model), f"--{option}", str(path), "--data_cache", str(tmp_path / "cache")]
     assert message in error_of(monkeypatch, capsys, *flags, "--extract", "last_number")
     assert not (tmp_path / "found.json").exists()
+
+
+def test_windows_are_as_long_as_the_model_was_made_for_and_longer_ones_are_refused(
+    measure: Callable[..., dict[str, Any]],
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write(tmp_path / "text.txt", "a b c " * 200)
+    options = measure("--text", str(path))["options"]
+    assert (options["max_seq_length"], options["stride"]) == (512, 256)
+    flags = ["--model", str(tiny_model), "--text", str(path), "--max_seq_length", "1024"]
+    error = error_of(monkeypatch, capsys, *flags)
+    assert "--max_seq_length 1024: the model was trained on 512 tokens at most" in error
 
 
 def test_few_shots_that_take_all_and_a_base_without_a_template_are_refused(

@@ -1,7 +1,8 @@
 """The memory plan against the well-known arithmetic, and against what training steps really hold.
 
 Two measures, on a CPU: the bytes of live tensors, from the profiler's record of every allocation, and the
-growth of the process under tcmalloc, which keeps little of what is freed.
+growth of the process under tcmalloc, which keeps little of what is freed. What oneDNN keeps of its kernels is
+in no tensor, so it is left out of the first.
 """
 
 import ctypes
@@ -28,6 +29,7 @@ from minqlora.checkpoint import linear_weights, replace_parameter
 from minqlora.lora import LoRAConfig, adapters, add_lora
 from minqlora.loss import supervised_loss
 from minqlora.memory import (
+    KERNEL,
     Plan,
     Setup,
     largest_batch,
@@ -265,7 +267,8 @@ def test_the_plan_is_within_10_percent_of_the_live_bytes(name: str) -> None:
     changes, options = CONFIGURATIONS[name]
     arch, setup = architecture(**changes), replace(CPU, **options)
     planned = plan_memory(skeleton(arch, setup), setup)
-    assert planned.total == pytest.approx(live_bytes(build(arch, setup), setup), rel=0.1), planned.instants
+    found = live_bytes(build(arch, setup), setup)
+    assert planned.total - planned.kernels == pytest.approx(found, rel=0.1), planned.instants
 
 
 @pytest.mark.slow
@@ -277,7 +280,7 @@ def test_the_plan_of_a_real_model_is_within_10_percent(demo_model: Path, checkpo
     model = load_model(demo_model, dtype=torch.float32)
     add_lora(model, r=16)
     model.train().model.gradient_checkpointing = checkpointing
-    assert planned.total == pytest.approx(live_bytes(model, setup), rel=0.1)
+    assert planned.total - planned.kernels == pytest.approx(live_bytes(model, setup), rel=0.1)
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -339,10 +342,13 @@ def test_a_block_saves_what_is_on_the_list(family: str, variant: str) -> None:
 
 
 def warm_up() -> None:
-    """Bring in the code and the buffers of every operation, but leave nothing that would be used again."""
+    """Bring in the code and the buffers of every operation, but leave nothing that would be used again.
+
+    So the model has shapes that no configuration has: of each, oneDNN keeps its kernels.
+    """
     for method in ("qlora", "lora"):
         setup = replace(CPU, method=method)
-        model = build(architecture(), setup)
+        model = build(architecture(hidden_size=192, intermediate_size=320), setup)
         step(model, optimizer_of(model, setup), setup)
     del model
     gc.collect()
@@ -435,6 +441,19 @@ def test_checkpointing_keeps_the_input_of_each_block() -> None:
     assert checkpointed.activations < not_so.activations / 5
     table = 4096 * 2 * 64 * 4  # cos and sin
     assert checkpointed.activations == (4 + 1) * 4096 * 256 * 4 + table  # four blocks' inputs and the norm's
+
+
+def test_onednn_keeps_as_much_of_each_shape_of_product_and_nothing_elsewhere() -> None:
+    def products(**options: Any) -> float:
+        return plan_of(**options).kernels / KERNEL
+
+    # Weights of 256 x 256, 128 x 256, 688 x 256 and 256 x 688, forward and backward.
+    assert products(max_seq_length=256) == products(max_seq_length=64) == 8
+    assert products(max_seq_length=320) == 16  # 256 rows, and 64
+    assert products(max_seq_length=63) == 0  # which goes to mm
+    assert products(method="lora") == products(dtype=torch.bfloat16) == products(device="cuda") == 0
+    assert products(stored_dtype=torch.bfloat16) == 10  # the head, cast
+    assert plan_of(architecture(intermediate_size=9000)).kernels / KERNEL == 12  # tiles of two heights
 
 
 def test_moments_of_8_bits_take_a_quarter_but_for_short_parameters() -> None:

@@ -324,7 +324,7 @@ def test_flags_that_cannot_train_are_refused_before_anything_is_written(
     cases: list[tuple[dict[str, Any], str]] = [
         (dict(lora_rank_pattern="q_proj"), "--lora_rank_pattern is a list such as q_proj=8"),
         (dict(lora_rank_pattern="q_proj=0"), "q_proj must be at least 1, not 0"),
-        (dict(init_lora_weights="magic"), "init must be one of default, gaussian"),
+        (dict(init_lora_weights="magic"), "--init_lora_weights must be one of default, gaussian"),
         (dict(loraplus_lr_ratio=0), "--loraplus_lr_ratio must be positive"),
         (dict(modules_to_save="score"), "no module's path ends in 'score'"),
         (dict(new_tokens="<w0>"), "has rows for 267 tokens and none to spare for '<w0>'"),

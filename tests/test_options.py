@@ -464,3 +464,16 @@ def test_a_script_ends_with_code_2_and_no_traceback():
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stderr == "error: --what: there is no such option; see --help\n"
+
+
+@pytest.mark.parametrize("printed", ["'a line'", "'a line\\n' * 100_000"])
+def test_a_reader_who_goes_away_ends_a_script_without_a_word(printed):
+    code = f"import options\nwith options.user_errors():\n    print({printed})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(options.__file__).parent)}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -61,8 +61,8 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_there_are_commands_for_every_script_that_people_run() -> None:
     scripts = {found for command in COMMANDS for found in re.findall(r"scripts/(\w+)\.py", command)}
     assert scripts >= {"doctor", "plan", "finetune", "chat", "evaluate", "merge", "report", "quantize"}
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"make ([a-z]+)", "\n".join(COMMANDS))) <= targets
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"make ([a-z0-9-]+)", "\n".join(COMMANDS))) <= targets
 
 
 # In the order of the README: what one command makes, a later one reads.

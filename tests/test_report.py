@@ -746,6 +746,18 @@ def test_wandb_stays_offline_and_a_run_that_goes_on_is_the_same_run(
     assert (again["id"], again["resume"], again["mode"]) == ("newid", "allow", "online")
 
 
+def test_wandb_that_does_not_start_is_one_line(
+    tmp_path: Path, fake_wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise RuntimeError("api_key not configured (no-tty).\nCall wandb login")
+
+    monkeypatch.setattr(fake_wandb, "init", refuse)
+    expected = r"^--report_to wandb: it does not start \(api_key not .* login\); WANDB_MODE=offline needs"
+    with pytest.raises(ValueError, match=expected):
+        minqlora.run.WeightsAndBiases(tmp_path, {}, None)
+
+
 def test_who_fails_to_show_metrics_is_left_behind(
     run: Callable[..., Path], fake_wandb: FakeWandb, capsys: pytest.CaptureFixture[str]
 ) -> None:
