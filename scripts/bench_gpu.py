@@ -55,10 +55,10 @@ MODULES: dict[Stage, str] = {
 }
 LIMITS: dict[Stage, int] = {
     "dequantize": 40,
-    "linear": 35,
-    "train": 175,
+    "linear": 30,
+    "train": 190,
     "memory": 100,
-    "decode": 70,
+    "decode": 60,
     "tests": 70,
     "demo": 50,
 }

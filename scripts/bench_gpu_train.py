@@ -46,7 +46,7 @@ from minqlora import add_lora, generate
 from minqlora.checkpoint import default_dtype
 from minqlora.lora import LoRAConfig
 from minqlora.memory import Setup, plan_memory, skeleton
-from minqlora.model import CausalLM
+from minqlora.model import CausalLM, compile_blocks, missing_compiler
 
 RANK, ALPHA = 64, 16  # the paper's
 WARM_UP = 2  # steps: the first compiles and makes the moments
@@ -125,6 +125,8 @@ def our_trainer(sizes: Sizes, device: torch.device, *, quantized: bool) -> tuple
     arch, dtype = architecture(sizes.model), default_dtype(device)
     model = random_model(arch, device, dtype, quantized=quantized)
     add_lora(model, r=RANK, alpha=ALPHA)
+    if device.type != "cpu" and missing_compiler(device) is None:  # what finetune.py's --compile auto does
+        compile_blocks(model)
     examples = micro_batch(sizes, arch.vocab_size)
     optimizer = new_optimizer(model.train())
 
