@@ -120,6 +120,11 @@ class Architecture:
         """The number of blocks."""
         return len(self.layers)
 
+    @property
+    def rotaries(self) -> set[Rotary]:
+        """The different rotaries of the blocks."""
+        return {layer.rotary for layer in self.layers if layer.rotary is not None}
+
 
 # ---- the families ------------------------------------------------------------------------------------------
 

@@ -27,6 +27,9 @@ positions count from where a prompt begins, so each row gets what it would get a
 A conversation is the same prompt again and again, a little longer each time. `PrefixCache` keeps the keys and
 values from one call to the next, and only what is new goes through the model.
 
+A GPU finishes a kernel before Python has asked for the next one. There the steps of a long answer are
+recorded once, on memory that stays where it is, and replayed (`RecordedStep`).
+
 Shapes and dtypes: token ids are Python ints; logits (B, vocab) float32. Cost: one decoding of every 4-bit
 weight for each step, which is what bounds the speed.
 
@@ -36,15 +39,17 @@ Neural Story Generation"; of the penalty: "CTRL", "Sampling". Their order is tha
 Before: loss. Next: memory.
 """
 
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minqlora.model import CausalLM, KVCache
+from minqlora.model import CausalLM, KVCache, StepCache
 
 
 @dataclass(frozen=True)
@@ -136,9 +141,8 @@ class PrefixCache:
         # An interrupted step may have left one of the two ahead of the other.
         known = 0 if self.cache is None else min(self.cache.length, len(self.ids))
         # Some rotaries turn all positions otherwise once one is beyond a length: then nothing is the same.
-        rotaries = [layer.rotary for layer in model.arch.layers if layer.rotary is not None]
-        lengths = [rotary.original_length for rotary in rotaries if rotary.original_length is not None]
-        if any(max(known, len(prompt)) > length for length in lengths):
+        lengths = [rotary.original_length for rotary in model.arch.rotaries]
+        if any(length is not None and max(known, len(prompt)) > length for length in lengths):
             return 0
         pairs = zip(self.ids[:known], prompt[:-1], strict=False)
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -243,11 +247,13 @@ def _decode(
     rows = [[0] * n + prompt for n, prompt in zip(missing, prompts, strict=True)]
     tokens = torch.tensor(rows, device=model.device)[:, cache.length :]
     alive = [True] * len(prompts)
-    for _ in range(max_new_tokens):
+    step: Callable[[Tensor], Tensor] = partial(_read, model, cache)
+    for number in range(max_new_tokens):
         # inference_mode would leak into the caller's code at each yield; it covers one step only.
         with torch.inference_mode():
-            hidden = model.model(tokens, cache=cache)
-            picked = pick(model.logits(hidden[:, -1]).float())
+            if number == 1 and can_record(model, cache, max_new_tokens):
+                step = RecordedStep(model, cache)
+            picked = pick(step(tokens))
         if prefix is not None:
             prefix.ids += tokens[0].tolist()
         alive = [was and token not in eos_ids for was, token in zip(alive, picked, strict=True)]
@@ -261,3 +267,66 @@ def _decode(
         if not any(alive):
             return
         tokens = torch.tensor(picked, device=model.device)[:, None]
+
+
+def _read(model: CausalLM, cache: KVCache, tokens: Tensor) -> Tensor:
+    # The logits (B, vocab), float32, that follow tokens (B, T).
+    return model.logits(model.model(tokens, cache=cache)[:, -1]).float()
+
+
+# ---- steps that a GPU replays ------------------------------------------------------------------------------
+
+WORTH_RECORDING = 32  # tokens; to record takes about as long as a few steps that are not
+
+
+def can_record(model: CausalLM, cache: KVCache, max_new_tokens: int) -> bool:
+    """Whether steps can be recorded, and so many are to come that it is worth it."""
+    suits = StepCache.suits(model.arch, cache.capacity)
+    return model.device.type == "cuda" and max_new_tokens >= WORTH_RECORDING and suits
+
+
+class RecordedStep:
+    """One token through the model, which a GPU records as a graph and then replays.
+
+    A step launches some thousand kernels, each shorter than Python takes to ask for it; a graph is asked for
+    once. It is replayed on the same memory, so tokens are copied to where it reads and logits, (B, vocab)
+    float32, stand where it writes until the next step.
+    """
+
+    def __init__(self, model: CausalLM, cache: KVCache):
+        self.model, self.cache = model, cache
+        self.fixed = StepCache(cache, model.arch)
+        self.tokens = torch.zeros(cache.kv.shape[2], 1, dtype=torch.int64, device=model.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if model.device.type == "cuda":
+            try:
+                self._record()
+            except RuntimeError as error:  # a kernel that cannot be recorded: slower, and right all the same
+                warnings.warn(f"steps are not recorded: {str(error).splitlines()[0]}", stacklevel=2)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Return the logits that follow tokens (B, 1), and count them in the cache."""
+        if self.cache.length >= self.cache.capacity:
+            raise ValueError(f"the KV cache has room for {self.cache.capacity} positions, and is full")
+        self.tokens.copy_(tokens)
+        self.fixed.position.fill_(self.cache.length)
+        if self.graph is None:
+            self.logits = _read(self.model, self.fixed, self.tokens)
+        else:
+            self.graph.replay()
+        self.cache.length += 1
+        return self.logits
+
+    def _record(self) -> None:
+        # What is compiled or measured at first use must be done before. These runs write keys of token 0 to a
+        # place that the first step overwrites.
+        side = torch.cuda.Stream(self.model.device)
+        side.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                _read(self.model, self.fixed, self.tokens)
+        torch.cuda.current_stream(self.model.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.logits = _read(self.model, self.fixed, self.tokens)
+        self.graph = graph

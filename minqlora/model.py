@@ -92,6 +92,55 @@ class KVCache:
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
+    def mask(self, window: int | None) -> Tensor | None:
+        """Return which places are seen, None where `attend` can tell by itself."""
+        return None
+
+
+class StepCache(KVCache):
+    """A KVCache as steps of one token see it whose shapes never change: all of its capacity, and a mask over
+    what is not filled. Kernels can then be recorded once and replayed, which a slice that grows forbids.
+
+    `position`, (1,) int64 on the device, is where the next token goes; whoever steps sets it.
+    """
+
+    def __init__(self, cache: KVCache, arch: Architecture):
+        self.kv, self.padding, self.length = cache.kv, cache.padding, cache.length
+        device = cache.kv.device
+        self.position = torch.full((1,), cache.length, device=device)
+        self.positions = torch.arange(cache.capacity, device=device)
+        like = cache.kv.new_empty(0)
+        self.tables = {rotary: rotary_table(rotary, [self.positions], like) for rotary in arch.rotaries}
+
+    @staticmethod
+    def suits(arch: Architecture, capacity: int) -> bool:
+        """Return whether steps can have fixed shapes: not where a token chooses experts, nor where a rotary
+        turns all positions otherwise once one is beyond a length."""
+        lengths = [rotary.original_length for rotary in arch.rotaries]
+        is_mixture = any(layer.experts is not None for layer in arch.layers)
+        return not is_mixture and all(length is None or capacity <= length for length in lengths)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a token's keys and values (B, n_kv_heads, 1, Hd) at `position`; return all places'."""
+        keys, values = self.kv[layer]
+        return keys.index_copy_(2, self.position, k), values.index_copy_(2, self.position, v)
+
+    def rotary_tables(self) -> RotaryTables:
+        """Return cos and sin of the token's angles, (1, Rd) each, or (B, 1, 1, Rd) where rows are padded."""
+        index = self.position
+        if self.padding is not None:
+            index = (self.position - self.padding[:, None, None]).clamp(min=0)
+        return {rotary: (cos[index], sin[index]) for rotary, (cos, sin) in self.tables.items()}
+
+    def mask(self, window: int | None) -> Tensor:
+        """Return which places the token sees, bool (1, capacity) or (B, 1, 1, capacity)."""
+        seen = self.positions <= self.position
+        if window is not None:
+            seen = seen & (self.positions > self.position - window)
+        if self.padding is None:
+            return seen[None]
+        return seen & (self.positions >= self.padding[:, None, None, None])
+
 
 class CausalLM(nn.Module):
     """A decoder-only language model: token ids in, logits out.
@@ -194,17 +243,18 @@ class Trunk(nn.Module):
         x = self.embed_tokens(input_ids).to(self.compute_dtype)
         if self.arch.embedding_scale != 1.0:
             # Rounded to the compute dtype first, as those models were trained: 55.5, not 55.4256.
-            x = x * torch.tensor(self.arch.embedding_scale, dtype=x.dtype, device=x.device)
+            x = x * torch.tensor(self.arch.embedding_scale, dtype=x.dtype)
         return x
 
     def rotary_tables(self, lengths: list[int], cache: KVCache | None, like: Tensor) -> RotaryTables:
         """Return cos and sin of the angles of all positions, for each rotary of the model."""
+        if isinstance(cache, StepCache):
+            return cache.rotary_tables()
         start = 0 if cache is None else cache.length
         positions = [torch.arange(start, start + n, device=like.device) for n in lengths]
         if cache is not None and cache.padding is not None:
             positions = [(positions[0] - cache.padding[:, None, None]).clamp(min=0)]  # (B, 1, T)
-        rotaries = {layer.rotary for layer in self.arch.layers if layer.rotary is not None}
-        return {rotary: rotary_table(rotary, positions, like) for rotary in rotaries}
+        return {rotary: rotary_table(rotary, positions, like) for rotary in self.arch.rotaries}
 
 
 class HostInputs:
@@ -363,7 +413,8 @@ class Attention(nn.Module):
         how: dict[str, Any] = dict(scale=self.scale, window=self.window, cap=self.cap)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-            return join_heads(attend(q, k, v, padding=cache.padding, **how))
+            mask = cache.mask(self.window)
+            return join_heads(attend(q, k, v, padding=cache.padding, mask=mask, **how))
         how["dropout"] = self.dropout if self.training else 0.0
         documents = zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True)
         parts = [attend(*document, **how) for document in documents]
@@ -438,21 +489,25 @@ def attend(
     window: int | None = None,
     cap: float | None = None,
     padding: Tensor | None = None,
+    mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Return causal attention (B, H, Tq, Hd).
 
     q: (B, H, Tq, Hd), the last Tq of the Tk positions. k, v: (B, n_kv_heads, Tk, Hd). scale: what scores are
     multiplied by; None is 1 / sqrt(Hd). window: positions looked back on, the query's own included. cap:
-    scores are capped smoothly. padding: (B,), each row's first positions that nobody looks at. dropout: share
-    of the attention weights that are zeroed.
+    scores are capped smoothly. padding: (B,), each row's first positions that nobody looks at. mask: bool, to
+    broadcast to (B, H, Tq, Tk), which keys a query sees, instead of what window and padding say. dropout:
+    share of the attention weights that are zeroed.
     """
     Tq = q.shape[2]
-    if window is not None and Tq == 1 and padding is None:  # the only query sees the end of the keys
-        k, v = k[:, :, -window:], v[:, :, -window:]
+    if mask is None and window is not None and Tq == 1 and padding is None:
+        k, v = k[:, :, -window:], v[:, :, -window:]  # the only query sees the end of the keys
     Tk = k.shape[2]
-    mask, causal = None, False
-    if padding is not None or (window is not None and Tk > window and Tq > 1) or 1 < Tq < Tk:
+    causal = False
+    if mask is not None:
+        pass
+    elif padding is not None or (window is not None and Tk > window and Tq > 1) or 1 < Tq < Tk:
         mask = _visible(Tq, Tk, window, padding, q.device)
     elif Tq == Tk > 1:
         causal = True  # a bool, which `Tq == Tk > 1` is not where sizes are symbols of torch.compile

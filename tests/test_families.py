@@ -15,8 +15,9 @@ from torch import Tensor
 
 from minqlora import LoRALinear, NF4Tensor, add_lora, load_model
 from minqlora.architecture import both_spellings, read_architecture
+from minqlora.generate import RecordedStep
 from minqlora.loss import supervised_loss
-from minqlora.model import CausalLM, KVCache
+from minqlora.model import CausalLM, KVCache, StepCache
 
 T = 40
 
@@ -214,6 +215,29 @@ def test_documents_and_padded_rows_are_what_they_are_alone(
     for row, text in enumerate([first, second]):
         own = in_pieces(ours, text, KVCache(*room(ours, 1)))
         torch.testing.assert_close(batch[row, -text.shape[1] :], own[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_steps_of_fixed_shapes_are_those_of_a_growing_cache(
+    tmp_path: Path, family: str, changes: dict[str, Any]
+) -> None:
+    write_model(tmp_path, family, changes)
+    ours = load_ours(tmp_path)
+    if not StepCache.suits(ours.arch, T):
+        pytest.skip("a mixture, or a rotary that changes with the length")
+    text, pad = ids(2, 6), torch.tensor([3, 0])
+    for rows, padding in ((text[:1], None), (text, pad)):
+        growing, cache = (KVCache(*room(ours, len(rows)), padding=padding) for _ in range(2))
+        for each in (growing, cache):
+            ours(rows[:, : T - 4], cache=each)
+        step = RecordedStep(ours, cache)
+        for token in rows[:, T - 4 :].split(1, dim=1):
+            expected = ours(token, cache=growing)[:, -1]
+            torch.testing.assert_close(step(token), expected, rtol=1e-4, atol=1e-4)
+        assert cache.length == growing.length == T
+        with pytest.raises(ValueError, match="has room for"):
+            step(token)
 
 
 def room(model: CausalLM, rows: int) -> tuple:

@@ -1,5 +1,6 @@
 """Greedy generation writes what transformers' does; sampling keeps to its nucleus, its seed and its end."""
 
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import takewhile
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from minqlora import generate, load_model
-from minqlora.generate import PrefixCache, Sampling, generate_batch
-from minqlora.model import CausalLM
+from minqlora.generate import PrefixCache, RecordedStep, Sampling, can_record, generate_batch
+from minqlora.model import CausalLM, KVCache
 from minqlora.tokenizer import Tokenizer
 
 
@@ -353,3 +354,29 @@ def test_each_row_of_a_batch_ends_where_it_is_told(tiny: CausalLM) -> None:
 def test_the_last_token_fits_into_the_cache(tiny: CausalLM) -> None:
     assert len(list(generate(tiny, [1], max_new_tokens=1))) == 1
     assert list(generate(tiny, [1], max_new_tokens=0)) == []
+
+
+def test_recorded_steps_say_what_others_say(tiny: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [[5, 6, 7], [9]]
+    expected = generate_batch(tiny, prompts, max_new_tokens=12)
+    made: list[RecordedStep] = []
+    chapter = sys.modules[RecordedStep.__module__]  # whose name in the package is the function's
+
+    class Spied(RecordedStep):
+        def __init__(self, *arguments: Any):
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(chapter, "can_record", lambda *_: True)
+    monkeypatch.setattr(chapter, "RecordedStep", Spied)
+    assert generate_batch(tiny, prompts, max_new_tokens=12) == expected
+    prefix = PrefixCache()
+    for prompt in ([5, 6, 7], [5, 6, 7, *expected[0], 4]):  # a second turn, on what the first one left
+        fresh = list(generate(tiny, prompt, max_new_tokens=12))
+        assert list(generate(tiny, prompt, max_new_tokens=12, prefix=prefix)) == fresh
+    assert len(made) == 5
+
+
+def test_a_cpu_records_nothing(tiny: CausalLM) -> None:
+    cache = KVCache(tiny.arch, 1, 64, torch.float32, torch.device("cpu"))
+    assert not can_record(tiny, cache, 64)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from minqlora import NF4Tensor, add_lora, load_model
+from minqlora.generate import RecordedStep, generate_batch
 from minqlora.matmul import LOOK_UPS, compiled_decode, fastest_look_up, levels_for
-from minqlora.model import compile_blocks
+from minqlora.model import KVCache, compile_blocks
 
 DOCUMENTS = [[20, 13], [30, 5], [7, 9, 11], [31], [21, 13]]  # of packed rows
 WHERE = os.environ.get("MINQLORA_GPU_TESTS_ON", "cuda")
@@ -163,3 +165,16 @@ def test_a_resumed_run_has_the_bits_of_one_left_alone(request, device, run: Call
     run("again", max_steps=2, **flags)
     again = run("again", max_steps=4, resume_from_checkpoint="latest", **flags)
     assert adapter_bytes(again) == adapter_bytes(alone)
+
+
+@on_cuda
+def test_steps_that_are_recorded_write_what_others_write(device, tiny_model: Path, monkeypatch):
+    chapter = sys.modules[RecordedStep.__module__]  # whose name in the package is the function's
+    model = load_model(tiny_model, dtype=torch.float32, device=device)
+    prompts = [[1, 60, 61, 62], [1, 70]]
+    recorded = generate_batch(model, prompts, max_new_tokens=chapter.WORTH_RECORDING)
+    with monkeypatch.context() as patched:
+        patched.setattr(chapter, "can_record", lambda *_: False)
+        assert generate_batch(model, prompts, max_new_tokens=chapter.WORTH_RECORDING) == recorded
+    step = RecordedStep(model, KVCache(model.arch, 1, 8, torch.float32, device))
+    assert step.graph is not None

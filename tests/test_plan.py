@@ -242,7 +242,7 @@ def test_a_run_that_surely_cannot_fit_is_refused_before_anything_is_read(
     ends(2, train)
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert (
-        "training does not fit cpu: it takes 0.00 GiB before the first token, but 0.00 GiB are free" in line
+        "training does not fit cpu: it takes 0.01 GiB before the first token, but 0.00 GiB are free" in line
     )
     assert line.endswith(", or another device")
     assert not Path("run").exists()
@@ -254,7 +254,7 @@ def test_a_run_that_may_not_fit_is_warned(
     short = dict(gradient_checkpointing="false", max_seq_length=1024)
     ends(0, train, dry_run="true", **short)
     assert "warning" not in capsys.readouterr().err
-    monkeypatch.setattr(planning, "free_memory", lambda device: 5_000_000)
+    monkeypatch.setattr(planning, "free_memory", lambda device: 12_000_000)
     ends(0, train, dry_run="true", **short)
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("warning"))
     assert "more than what is free; if memory runs out, try " in line
@@ -267,7 +267,7 @@ def test_the_way_out_that_saves_most_comes_first(tiny_model: Path) -> None:
         return planning.what_saves_memory(config, tiny_model, torch.device("cpu"), torch.float32)
 
     assert ways(max_seq_length=8192, gradient_checkpointing="false")[0] == "a smaller --max_seq_length"
-    assert ways(max_seq_length=64, lora_r=512)[:2] == ["--optim paged_adamw_8bit", "a smaller --lora_r"][::-1]
+    assert ways(max_seq_length=8, lora_r=512)[:2] == ["a smaller --lora_r", "--optim paged_adamw_8bit"]
     assert "a smaller --per_device_train_batch_size" in ways(per_device_train_batch_size=8)
     assert ways(max_seq_length=2, lora_r=1, bits=16)[0] == "--bits 4"
 

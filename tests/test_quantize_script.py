@@ -403,7 +403,7 @@ def test_the_command_quantizes_measures_and_says_where(tiny_model: Path, tmp_pat
             "--max_shard_size is a size such as 500MB or 5GB, got '5'",
         ),
         (["{model}", "{out}", "--max_shard_size", "0GB"], "--max_shard_size is a size"),
-        (["{model}", "{out}", "--text", "{model}/none"], "none: No such file"),
+        (["{model}", "{out}", "--text", "{model}/none"], "none: no such file"),
         (["{model}", "{out}", "--max_seq_length", "1"], "must be at least 2"),
     ],
 )

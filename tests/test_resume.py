@@ -230,6 +230,7 @@ OTHER_VALUES: dict[str, Any] = {
     "device": "cpu",
     "seed": 1,
     "deterministic": True,
+    "compile": "off",
 }
 
 
