@@ -450,7 +450,13 @@ def recognise(row: dict[str, Any]) -> str:
             return "alpaca" if key == "instruction" else "pair"
     if "text" in row:
         return "text"
-    raise ValueError(f"found the keys {sorted(row)}, expected {'; or '.join(FORMATS.values())}")
+    expected = "; or ".join(FORMATS.values())
+    raise ValueError(f"found the keys {sorted(row)}{_hint(row)}, expected {expected}")
+
+
+def _hint(row: dict[str, Any]) -> str:
+    known = {"messages", "conversations", "text", *ANSWERS}
+    return "" if known.isdisjoint(map(str.lower, row)) else " (which are known in small letters only)"
 
 
 def to_messages(row: dict[str, Any], dataset_format: str = "auto") -> list[Message]:

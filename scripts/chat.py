@@ -100,7 +100,14 @@ class ModelConfig:
         if self.model is None and not self.adapter:
             raise ValueError("give --model, or --adapter with a run of finetune.py")
         runs: dict[str, dict[str, Any]] = {}
+        if self.model is not None and is_adapter(self.model):
+            raise ValueError(f"--model {self.model}: is an adapter; give it as --adapter")
         for name, folder in self.adapters().items():
+            if not is_adapter(folder):
+                what = "holds no adapter_config.json" if folder.is_dir() else "no such folder"
+                raise ValueError(
+                    f"--adapter {folder}: {what}; give a run's, as finetune.py prints it at the end"
+                )
             runs[name] = {}
             try:
                 runs[name] = run_config(folder)
@@ -190,6 +197,11 @@ class Config(ModelConfig):
     def sampling(self) -> dict[str, Any]:
         """Return how tokens are to be chosen, as `generate` is told."""
         return {name: getattr(self, name) for name in Sampling.__dataclass_fields__}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter, and not a model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
 
 
 def run_config(folder: Path) -> dict[str, Any]:

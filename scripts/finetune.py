@@ -395,6 +395,8 @@ class Run:
     evaluations_since_best: int = 0
 
 
+FEW_STEPS = 10  # below which a run is told how to have more
+
 # What a checkpoint keeps of a run besides tensors.
 COUNTERS = (
     "step",
@@ -459,7 +461,8 @@ def prepare(config: Config) -> Run:
     require_positions(data_check, read_architecture(source).max_positions)
     plan = prepare_memory(config, source, device, dtype, list(new_tokens))
     if config.dry_run:
-        print(f"dry run   {count_steps(train, config):,} steps to do; no weight was read, and no run written")
+        steps = count_steps(train, config)
+        print(f"dry run   {steps:,} step{'s' * (steps != 1)} to do; no weight was read, and no run written")
         raise SystemExit(0)
     memory_before = memory_in_use(device)
     if config.deterministic:
@@ -475,6 +478,9 @@ def prepare(config: Config) -> Run:
         page_bytes=config.page_bytes,
     )
     total_steps = count_steps(train, config)
+    if config.max_steps is None and total_steps < FEW_STEPS:
+        more = "a smaller --gradient_accumulation_steps or more --num_train_epochs gives more"
+        print(f"note      {total_steps} optimizer step{'s' * (total_steps != 1)} in all: {more}")
     if resumed is None:
         require_unused(folder)  # again: loading takes a while, and another run may have come first
         folder.mkdir(parents=True, exist_ok=True)
@@ -965,6 +971,7 @@ def train(run: Run, stop: StopRequest) -> int:
     finish(run, norms)
     seconds, peak = time.perf_counter() - began, peak_memory_gib(model.device)
     print(f"saved     {folder}, after {seconds:.0f} s; peak memory {peak:.2f} GiB")
+    print(f"talk      python scripts/chat.py --adapter {folder}")
     return 0
 
 
@@ -1164,7 +1171,9 @@ def print_memory(run: Run) -> None:
     plan = run.plan
     assert plan is not None
     measured = int(peak_memory_gib(run.model.device) * 2**30) - run.memory_before
-    print(f"memory    planned {gib(plan.total)}, measured {gib(measured)}")
+    is_process = run.model.device.type == "cpu"
+    what = ", the growth of the process: an allocator keeps what was freed" if is_process else ""
+    print(f"memory    planned {gib(plan.total)}, measured {gib(measured)}{what}")
     kept = {"planned_bytes": plan.total, "measured_bytes": measured, "planned": plan.parts}
     kept |= {"fullest_at": plan.instant, "planned_at": plan.instants, "on_host_bytes": plan.host}
     write_atomically(run.folder / "memory.json", as_json(kept))

@@ -273,10 +273,10 @@ class Seen:
 def read_sample(config: Config, tokenizer: Tokenizer) -> list[tuple[Tensor, Tensor]]:
     """Return the rows to compare on: ids (1, T), and the next token (T - 1,), IGNORE where it does not count.
 
-    Of a JSONL file the answers count, of a text everything.
+    Of rows the answers count, of a text everything.
     """
     assert config.verify is not None
-    if config.verify.suffix != ".jsonl":
+    if config.verify.suffix in (".txt", ".md"):
         windows = quantize.read_windows(config.verify, tokenizer, config.verify_tokens, config.max_seq_length)
         return [(window[None], window[1:]) for window in windows]
     rows: list[tuple[Tensor, Tensor]] = []

@@ -335,7 +335,8 @@ KEYS_AND_VALUES: dict[str, Case] = {
     "keys in capitals": (
         {"a.jsonl": lines({"Prompt": "Q"})},
         "",
-        f"a.jsonl: line 1: found the keys ['Prompt'], expected {KEYS}",
+        "a.jsonl: line 1: found the keys ['Prompt'] (which are known in small letters only), "
+        f"expected {KEYS}",
     ),
     "no answer": (
         {"a.jsonl": lines({"prompt": "Q"})},

@@ -647,6 +647,7 @@ def test_answers_of_two_kinds_never_stand_in_one_file(
 def test_an_adapter_that_was_trained_on_is_another_adapter(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
     config = chat.Config(model=Path("MODEL"), adapter=[str(folder)])
     (folder / "adapter_model.safetensors").write_bytes(b"one")
     first = chat.made_with(config)
@@ -766,7 +767,13 @@ def test_with_a_model_given_the_adapters_folder_need_not_be_a_run(
     talk(monkeypatch, "--model", str(tiny_model), "--adapter", str(tmp_path), "--prompt", "Hi")
 
 
-@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("adapter_config.json", "--adapter {folder}: holds no adapter_config.json"),
+        ("adapter_model.safetensors", "{folder}/adapter_model.safetensors: not found"),
+    ],
+)
 def test_an_adapter_that_is_not_whole_is_one_line_and_code_2(
     tiny_model: Path,
     tmp_path: Path,
@@ -774,12 +781,22 @@ def test_an_adapter_that_is_not_whole_is_one_line_and_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     missing: str,
+    message: str,
 ) -> None:
     for path in run_folder.iterdir():
         if path.name != missing:
             (tmp_path / path.name).write_bytes(path.read_bytes())
     error = error_of(monkeypatch, capsys, "--model", str(tiny_model), "--adapter", str(tmp_path))
-    assert f"{tmp_path / missing}: not found" in error
+    assert message.format(folder=tmp_path) in error
+
+
+def test_folders_of_another_kind_are_told_apart(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = error_of(monkeypatch, capsys, "--adapter", str(tmp_path / "none"))
+    assert f"--adapter {tmp_path / 'none'}: no such folder; give a run's" in error
+    error = error_of(monkeypatch, capsys, "--model", str(run_folder))
+    assert f"--model {run_folder}: is an adapter; give it as --adapter" in error
 
 
 @pytest.mark.parametrize(
@@ -800,6 +817,7 @@ def test_a_folder_that_is_no_run_is_one_line_and_code_2(
     content: str | None,
     message: str,
 ) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
     if content is not None:
         (tmp_path / "config.yaml").write_text(content)
     assert message in error_of(monkeypatch, capsys, "--adapter", str(tmp_path))
