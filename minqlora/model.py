@@ -505,12 +505,11 @@ def attend(
         k, v = k[:, :, -window:], v[:, :, -window:]  # the only query sees the end of the keys
     Tk = k.shape[2]
     causal = False
-    if mask is not None:
-        pass
-    elif padding is not None or (window is not None and Tk > window and Tq > 1) or 1 < Tq < Tk:
-        mask = _visible(Tq, Tk, window, padding, q.device)
-    elif Tq == Tk > 1:
-        causal = True  # a bool, which `Tq == Tk > 1` is not where sizes are symbols of torch.compile
+    if mask is None:
+        if padding is not None or (window is not None and Tk > window and Tq > 1) or 1 < Tq < Tk:
+            mask = _visible(Tq, Tk, window, padding, q.device)
+        elif Tq == Tk > 1:
+            causal = True  # a bool, which `Tq == Tk > 1` is not where sizes are symbols of torch.compile
     if cap is not None:
         return _attend_capped(q, k, v, mask, causal, scale, cap, dropout)
     grouped = q.shape[1] != k.shape[1]

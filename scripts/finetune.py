@@ -212,7 +212,7 @@ class Config:
     )
     compile: Literal["auto", "on", "off"] = option(
         "auto",
-        "torch.compile the blocks, all but attention; auto: on CUDA with Triton, for want of a gain off",
+        "torch.compile the blocks, all but attention; auto: on CUDA with Triton, nowhere else",
     )
     adapter_dtype: Literal["float32", "bfloat16"] = option(
         "float32", "dtype in which adapters and their gradients are kept; the moments stay as --optim says"

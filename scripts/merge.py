@@ -86,7 +86,7 @@ class Config:
     )
 
     verify: Path | None = option(
-        None, "text or JSONL file: compare live and merged model on it afterwards, in a second process"
+        None, "file of text, or of rows: compare live and merged model on it afterwards, in a second process"
     )
     verify_tokens: int = option(4096, "so much of it, in tokens")
     max_seq_length: int = option(1024, "tokens of a row of it")

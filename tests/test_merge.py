@@ -398,3 +398,19 @@ def test_a_merge_onto_the_dequantized_base_is_no_other_model(base: Path, tmp_pat
     found = merge.verify(config)
     assert abs(found["kl_per_token"]) < 1e-7 and found["same_first_choice"] == 1.0
     assert found["perplexity_live"] == pytest.approx(found["perplexity_merged"], rel=1e-5)
+
+
+def test_rows_to_verify_on_are_rows_in_any_kind_of_file(base: Path, tmp_path: Path) -> None:
+    rows = [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [f"{row['question']},{row['answer']}\n" for row in rows]
+    (tmp_path / "a.csv").write_text("question,answer\n" + "".join(lines))
+    samples = [
+        merge.read_sample(
+            Config(tmp_path, tmp_path / "out", base=base, verify=tmp_path / name), merge.Tokenizer(base)
+        )
+        for name in ("a.jsonl", "a.csv")
+    ]
+    assert len(samples[0]) == 3
+    for first, second in zip(*samples, strict=True):
+        assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])

@@ -235,6 +235,15 @@ def test_a_dry_run_says_what_is_wrong_with_the_options(
     assert "error: target module 'q_porj' matches no linear layer" in capsys.readouterr().err
 
 
+def test_a_run_of_few_steps_says_how_to_have_more(
+    train: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(max_steps=2)
+    assert "note      " not in capsys.readouterr().out  # they were asked for
+    train(max_steps="none", output_dir="short", gradient_accumulation_steps=64)
+    assert "note      1 optimizer step in all: a smaller --gradient_acc" in capsys.readouterr().out
+
+
 def test_a_run_that_surely_cannot_fit_is_refused_before_anything_is_read(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
