@@ -185,6 +185,8 @@ class LoRALinear(nn.Module):
         self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.enabled = True
+        # Where it is not (`model.recomputed`), forward only saves what backward needs, and returns zeros.
+        self.result_is_wanted = True
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, linear.in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, r, dtype=torch.float32, device=device))
@@ -226,9 +228,11 @@ class LoRALinear(nn.Module):
         assert A is not None and B is not None
         A, B = A.to(x.dtype), B.to(x.dtype)
         z = self.dropout(flat) if self.enabled else flat
+        is_wanted = self.result_is_wanted or self.lora_magnitude_vector is not None  # which saves it
+        how = self.scaling, is_wanted
         if z is not flat:
-            return AdaptedProduct.apply(flat, z, self.weight, bias, A, B, self.scaling, None)
-        return AdaptedProduct.apply(flat, None, self.weight, bias, A, B, self.scaling, *made_from(x))
+            return AdaptedProduct.apply(flat, z, self.weight, bias, A, B, *how, None)
+        return AdaptedProduct.apply(flat, None, self.weight, bias, A, B, *how, *made_from(x))
 
     def row_norm(self) -> Tensor:
         """Return the norms (N,) float32 of the rows of W + scaling B A, by the three parts of their squares.
@@ -294,17 +298,20 @@ class AdaptedProduct(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scaling: float,
+        is_wanted: bool,
         make: Callable[..., Tensor] | None,
         *sources: Tensor,
     ) -> Tensor:
-        """Return (T, N).
+        """Return (T, N); zeros if it is not wanted, and only what is saved is.
 
         x: (T, K). z: the adapter's input (T, K), None where it is x. weight: (N, K) and bias: (N,), frozen.
         A: (r, K) and B: (N, r), in the dtype of x. make, sources: as of `made_from`; None: x is saved.
         """
-        y = F.linear(x, weight, bias)  # (T, K) @ (K, N) -> (T, N)
         a = F.linear(x if z is None else z, A)  # (T, K) @ (K, r) -> (T, r)
-        y.addmm_(a, B.T, alpha=scaling)  # (T, r) @ (r, N) -> (T, N)
+        y = x.new_zeros(()).expand(len(x), len(B))
+        if is_wanted:
+            y = F.linear(x, weight, bias)  # (T, K) @ (K, N) -> (T, N)
+            y.addmm_(a, B.T, alpha=scaling)  # (T, r) @ (r, N) -> (T, N)
         saved = sources if make is not None else (x if z is None else z,)
         ctx.save_for_backward(weight, A, B, a, *saved)
         ctx.make, ctx.scaling, ctx.is_shared = make, scaling, z is None
@@ -328,7 +335,7 @@ class AdaptedProduct(torch.autograd.Function):
         if of_B:
             # Turned round: a product of so few columns takes twice the time of one of so few rows.
             grad_B = (a.T @ grad_y).T.mul(ctx.scaling)  # (r, T) @ (T, N) -> (r, N), and its transpose
-        return grad_x, grad_z, None, None, grad_A, grad_B, None, None, *[None] * len(saved)
+        return grad_x, grad_z, None, None, grad_A, grad_B, None, None, None, *[None] * len(saved)
 
 
 def store_adapters(model: nn.Module, dtype: torch.dtype) -> None:

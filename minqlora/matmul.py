@@ -101,7 +101,8 @@ def nf4_linear_backward(
 
 
 def _is_plain(x: Tensor) -> bool:
-    # Nobody differentiates or compiles what follows: the way through an operator would only cost time.
+    # Nobody differentiates or compiles what follows: the way through an operator would only cost time, and
+    # the first to take it loads the compiler, for 30 MB.
     return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
 
 
@@ -112,7 +113,8 @@ def cast_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if weight.dtype == x.dtype or weight.requires_grad:
         return F.linear(x, weight.to(x.dtype))
-    y = _cast_forward(x.reshape(-1, x.shape[-1]), weight)
+    forward = _cast_forward_now if _is_plain(x) else _cast_forward
+    y = forward(x.reshape(-1, x.shape[-1]), weight)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -120,9 +122,9 @@ def cast_linear_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
     """Return grad_y @ weight, (..., N) -> (..., K): the gradient of `cast_linear`'s x."""
     if weight.dtype == grad_y.dtype:
         return grad_y @ weight
-    return _cast_backward(grad_y.reshape(-1, grad_y.shape[-1]), weight).view(
-        *grad_y.shape[:-1], weight.shape[1]
-    )
+    backward = _cast_backward_now if _is_plain(grad_y) else _cast_backward
+    grad_x = backward(grad_y.reshape(-1, grad_y.shape[-1]), weight)
+    return grad_x.view(*grad_y.shape[:-1], weight.shape[1])
 
 
 def nf4_dequantize(
@@ -438,24 +440,38 @@ def _wait_for(device: torch.device) -> None:
 def product(x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> None:
     """Write x @ weight.T to `out`, or add it: (T, K) @ (K, N) -> (T, N), of any strides.
 
-    Float32 on a CPU goes to oneDNN, which is a tenth faster than what PyTorch calls for `mm`. It prepares
-    itself for each new number of rows, which takes time and memory that is kept; so it gets the same few
-    numbers always, and `mm` the rest.
+    Float32 on a CPU goes to oneDNN, which is a tenth faster than what PyTorch calls for `mm`, for a few rows
+    by more.
     """
     done = 0
     if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn():
-        for size in ROWS:
-            while done + size <= len(x):
-                some = slice(done, done + size)
-                y = torch.ops.mkldnn._linear_pointwise(x[some], weight, None, "none", [], "")
-                out[some].add_(y) if add else out[some].copy_(y)
-                done += size
+        for size in numbers_of_rows(len(x)):
+            some = x[done : done + size]
+            filled = some if len(some) == size else F.pad(some, (0, 0, 0, size - len(some)))
+            y = torch.ops.mkldnn._linear_pointwise(filled, weight, None, "none", [], "")[: len(some)]
+            y_out = out[done : done + size]
+            y_out.add_(y) if add else y_out.copy_(y)
+            done += len(some)
     if done == len(x):
         return
     if add:
         out[done:].addmm_(x[done:], weight.T)
     else:
         torch.mm(x[done:], weight.T, out=out[done:])
+
+
+def numbers_of_rows(n: int) -> list[int]:
+    """Return the numbers of rows that oneDNN is given one after the other for n of them.
+
+    It prepares itself for each new number, which takes time and memory that is kept. So it gets the same few
+    always: where up to a quarter is missing, rows of zeros fill up. What is left is `mm`'s.
+    """
+    numbers = []
+    for size in ROWS:
+        while n >= size * 3 // 4:
+            numbers.append(size)
+            n -= size
+    return numbers
 
 
 @cache
@@ -571,18 +587,20 @@ def _nf4_decoded(
     return out
 
 
-@torch.library.custom_op("minqlora::cast_linear", mutates_args=())
-def _cast_forward(x: Tensor, weight: Tensor) -> Tensor:
+def _cast_forward_now(x: Tensor, weight: Tensor) -> Tensor:
     return _multiply(x, len(weight), _cast_tiles(weight, x.dtype))
 
 
-@torch.library.custom_op("minqlora::cast_linear_backward", mutates_args=())
-def _cast_backward(grad_y: Tensor, weight: Tensor) -> Tensor:
+def _cast_backward_now(grad_y: Tensor, weight: Tensor) -> Tensor:
     return _multiply_transposed(grad_y, weight.shape[1], _cast_tiles(weight, grad_y.dtype))
 
 
 _nf4_forward = torch.library.custom_op("minqlora::nf4_linear", _nf4_forward_now, mutates_args=())
 _nf4_backward = torch.library.custom_op("minqlora::nf4_linear_backward", _nf4_backward_now, mutates_args=())
+_cast_forward = torch.library.custom_op("minqlora::cast_linear", _cast_forward_now, mutates_args=())
+_cast_backward = torch.library.custom_op(
+    "minqlora::cast_linear_backward", _cast_backward_now, mutates_args=()
+)
 _nf4_forward.register_fake(lambda x, packed, scales, codebook, n_rows, *_: x.new_empty(x.shape[0], n_rows))
 _nf4_backward.register_fake(
     lambda g, packed, scales, codebook, n_rows, n_columns, *_: g.new_empty(g.shape[0], n_columns)

@@ -54,7 +54,7 @@ from minqlora.architecture import Architecture, Layer
 from minqlora.checkpoint import Quantization, quantized_bytes
 from minqlora.lora import LoRAConfig, LoRALinear, adapters, attach
 from minqlora.loss import CHUNK
-from minqlora.matmul import ROWS, TILE, TOKENS, WINDOW
+from minqlora.matmul import TILE, TOKENS, WINDOW, numbers_of_rows
 from minqlora.model import CausalLM
 from minqlora.optim import BLOCK_SIZE, HEADROOM, NARROW_FROM
 from minqlora.quantize import CHUNK as QUANTIZED_AT_A_TIME
@@ -435,10 +435,8 @@ def kernel_bytes(model: CausalLM, setup: Setup) -> int:
     products = set()
     for n, k, tokens in shapes:
         height = min(n, max(TILE // (k * setup.dtype.itemsize), 1))
-        for rows in ROWS:
-            if tokens >= rows:
-                products |= {(rows, height, k), (rows, n % height or height, k)}
-                tokens %= rows
+        for rows in numbers_of_rows(tokens):
+            products |= {(rows, height, k), (rows, n % height or height, k)}
     return 2 * len(products) * KERNEL
 
 

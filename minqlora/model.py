@@ -34,7 +34,7 @@ Before: architecture. Next: files.
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import util
 from typing import Any
@@ -44,10 +44,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from minqlora.architecture import Architecture, Experts, Rotary
-from minqlora.lora import made_by
+from minqlora.lora import LoRALinear, made_by
 from minqlora.matmul import cast_linear
 
 # cos and sin of every position's angles, (T, Rd) each or (B, 1, T, Rd), for each rotary of the model; Rd
@@ -224,14 +224,11 @@ class Trunk(nn.Module):
             raise ValueError(f"lengths {lengths} must sum to T = {T}, and cannot be combined with a cache")
         x = self.embed(input_ids)  # (B, T, D)
         rotary = self.rotary_tables(lengths, cache, like=x)
-        offload = self.offload and x.device.type != "cpu"
-        inputs = HostInputs(x.device) if offload else contextlib.nullcontext()
+        host = HostInputs(x.device) if self.offload and x.device.type != "cpu" else None
         for block in self.layers:
+            assert isinstance(block, Block)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                # Non-reentrant: the reentrant kind gives no gradients below inputs that need none, here
-                # frozen embeddings.
-                with inputs:
-                    x = checkpoint(block, x, rotary, lengths, use_reentrant=False)
+                x = recomputed(block, x, rotary, lengths, host=host)
             else:
                 x = block(x, rotary, lengths, cache)
         if cache is not None:
@@ -257,11 +254,73 @@ class Trunk(nn.Module):
         return {rotary: rotary_table(rotary, positions, like) for rotary in self.arch.rotaries}
 
 
-class HostInputs:
-    """Keeps the inputs of checkpointed blocks, (B, T, D), in host memory from forward to backward.
+def recomputed(
+    block: "Block", x: Tensor, rotary: RotaryTables, lengths: list[int], host: "HostInputs | None" = None
+) -> Tensor:
+    """Return what the block makes of x (B, T, D), keeping for backward x alone, on the host where `host` is
+    given. What else backward needs is made again when it asks for the first of it.
 
-    A context around `checkpoint`. What leaves and returns travels on a stream of its own, beside the
-    computation: a block's input is on its way back while the block after it is computed again.
+    This is gradient checkpointing without reentering autograd, as torch.utils.checkpoint has it, but for two
+    things: the block's last product, a quarter of its work, is left out the second time, because backward
+    needs what went into it and not what came out; and nothing here loads torch's compiler, which takes 70 MB.
+    """
+    kept = _Recomputed(block, x, (rotary, lengths), host)
+    with torch.autograd.graph.saved_tensors_hooks(kept.forget, kept.again):
+        return block(x, rotary, lengths)
+
+
+class _Recomputed:
+    # A block's input, and how to get from there to all that the block's operations have saved, by number.
+    def __init__(self, block: "Block", x: Tensor, others: tuple[Any, ...], host: "HostInputs | None"):
+        self.block, self.others, self.needs_grad = block, others, x.requires_grad
+        # Without the graph behind it.
+        kept = x.detach()
+        self.input = (lambda: kept) if host is None else partial(host.fetch, host.keep(kept))
+        self.random = torch.get_rng_state(), *get_device_states(x)  # dropout draws the same again
+        self.n_saved = 0
+        self.made: dict[int, Tensor] = {}
+
+    def forget(self, saved: Tensor) -> int:
+        """Return the number of what an operation wants to save."""
+        self.n_saved += 1
+        return self.n_saved - 1
+
+    def again(self, number: int) -> Tensor:
+        """Return what was to be saved, which is made once more with everything else, and handed out once."""
+        if number not in self.made:
+            self._make()
+        return self.made.pop(number)
+
+    def _make(self) -> None:
+        state, devices, states = self.random
+        saved: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            """Keep it, without the graph behind it."""
+            saved.append(tensor.detach())
+            return saved[-1]
+
+        with (
+            torch.enable_grad(),
+            torch.random.fork_rng(devices),
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            self.block.without_last_product(),
+        ):
+            torch.set_rng_state(state)
+            set_device_states(devices, states)
+            self.block(self.input().detach().requires_grad_(self.needs_grad), *self.others)
+        if len(saved) != self.n_saved:
+            raise RuntimeError(
+                f"a block that had saved {self.n_saved} tensors saved {len(saved)} when recomputed"
+            )
+        self.made = dict(enumerate(saved))
+
+
+class HostInputs:
+    """Keeps the inputs of recomputed blocks, (B, T, D), in host memory from forward to backward.
+
+    What leaves and returns travels on a stream of its own, beside the computation: a block's input is on its
+    way back while the block after it is computed again.
     """
 
     def __init__(self, device: torch.device):
@@ -271,32 +330,23 @@ class HostInputs:
         self.kept: list[Tensor] = []  # on the host, in the order of the blocks
         self.arriving: dict[int, tuple[Tensor, Any]] = {}
 
-    def __enter__(self) -> None:
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, self._fetch)
-        self.hooks.__enter__()
-
-    def __exit__(self, *failed: Any) -> None:
-        self.hooks.__exit__(*failed)
-
-    def _keep(self, tensor: Tensor) -> Tensor | int:
-        if tensor.dim() != 3:  # a table of angles, which all blocks share
-            return tensor
+    def keep(self, tensor: Tensor) -> int:
+        """Send a tensor to the host; return by which number `fetch` finds it."""
         is_cpu = self.device.type == "cpu"
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=not is_cpu)
         self.side.wait_stream(self.module.current_stream(self.device))
         with self.module.stream(self.side):
-            host.copy_(tensor.detach(), non_blocking=True)
+            host.copy_(tensor, non_blocking=True)
         if not is_cpu:  # or its memory would be handed out while it is read
             tensor.record_stream(self.side)
         self.kept.append(host)
         return len(self.kept) - 1
 
-    def _fetch(self, kept: Tensor | int) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        tensor, arrived = self.arriving.pop(kept) if kept in self.arriving else self._bring(kept)
-        if kept > 0:  # backward goes from the last block to the first
-            self.arriving[kept - 1] = self._bring(kept - 1)
+    def fetch(self, index: int) -> Tensor:
+        """Return a tensor on the device again, and send for the one before it."""
+        tensor, arrived = self.arriving.pop(index) if index in self.arriving else self._bring(index)
+        if index > 0:  # backward goes from the last block to the first
+            self.arriving[index - 1] = self._bring(index - 1)
         compute = self.module.current_stream(self.device)
         compute.wait_event(arrived)
         if self.device.type != "cpu":
@@ -371,6 +421,21 @@ class Block(nn.Module):
         x = self._add(x, self._norm(self.names.after_attention, y))
         y = self.get_submodule(self.mlp_name)(self._norm(self.names.before_mlp, x))
         return self._add(x, self._norm(self.names.after_mlp, y))
+
+    @contextlib.contextmanager
+    def without_last_product(self) -> Iterator[None]:
+        """While it lasts, leave out the product that the block ends with, where only a sum is made of it."""
+        mlp = self.get_submodule(self.mlp_name)
+        last = mlp.get_submodule(mlp.names[2]) if isinstance(mlp, MLP) else None
+        is_free = self.names.after_mlp is None and self.compiled is None
+        if not isinstance(last, LoRALinear) or not is_free:
+            yield
+            return
+        last.result_is_wanted = False
+        try:
+            yield
+        finally:
+            last.result_is_wanted = True
 
     def _norm(self, name: str | None, x: Tensor) -> Tensor:
         return x if name is None else self.get_submodule(name)(x)

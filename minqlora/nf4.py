@@ -315,6 +315,13 @@ class NF4Tensor(Tensor):
                 return (b.mT @ a.mT).mT
             args = (a.contiguous() if isinstance(b, NF4Tensor) and a.dim() > 2 else a, b)
             func = torch.matmul
+        if not torch.compiler.is_compiling():
+            # What is not differentiated need not go through the dispatcher: that takes time, and who is the
+            # first to go there loads torch.distributed.tensor, for 40 MB.
+            if func is torch.matmul and not torch.is_grad_enabled() and args[0].dim() == args[1].dim() == 2:
+                return _mm(*args)
+            if func is Tensor.detach and not torch.is_inference_mode_enabled():
+                return args[0]._rebuild()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

@@ -1170,7 +1170,7 @@ def print_memory(run: Run) -> None:
     """Print what memory was planned and what was measured; keep both in the run's `memory.json`."""
     plan = run.plan
     assert plan is not None
-    measured = int(peak_memory_gib(run.model.device) * 2**30) - run.memory_before
+    measured = max(int(peak_memory_gib(run.model.device) * 2**30) - run.memory_before, 0)
     is_process = run.model.device.type == "cpu"
     what = ", the growth of the process: an allocator keeps what was freed" if is_process else ""
     print(f"memory    planned {gib(plan.total)}, measured {gib(measured)}{what}")

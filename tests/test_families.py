@@ -304,6 +304,12 @@ def test_adapters_train_on_a_4_bit_model_of_every_family(tmp_path: Path, family:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0] - 0.3
+    found = []
+    for checkpointing in (False, True):
+        model.model.gradient_checkpointing = checkpointing
+        loss = supervised_loss(model.model(text, [15, 25]), targets, model.lm_head)
+        found.append(torch.autograd.grad(loss, trained))
+    assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*found, strict=True))
 
 
 # -- spellings ---------------------------------------------------------------------------------------------

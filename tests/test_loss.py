@@ -186,7 +186,7 @@ def test_without_gradient_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def adapted(x: Tensor) -> Tensor:
     A, B = torch.randn(2, 6, requires_grad=True), torch.randn(5, 2, requires_grad=True)
-    return AdaptedProduct.apply(x, None, torch.randn(5, 6), None, A, B, 0.5, None)
+    return AdaptedProduct.apply(x, None, torch.randn(5, 6), None, A, B, 0.5, True, None)
 
 
 @pytest.mark.parametrize(

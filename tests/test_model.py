@@ -1,7 +1,8 @@
 """The transformer computes what transformers computes, in any shape, cached or packed, fp32 or NF4."""
 
-import contextlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from minqlora import NF4Tensor, add_lora, load_model
+from minqlora import NF4Tensor, add_lora, load_model, matmul
 from minqlora.checkpoint import quantized_size
 from minqlora.model import (
     CausalLM,
@@ -22,6 +22,7 @@ from minqlora.model import (
     KVCache,
     Normalize,
     attend,
+    recomputed,
     rotary_table,
     rotate,
 )
@@ -314,21 +315,83 @@ def test_gradient_checkpointing_keeps_only_the_residual_stream(tiny_model: Path)
     assert saved_bytes(True) < saved_bytes(False) / 4
 
 
+@pytest.mark.parametrize(
+    ("options", "n_products"),
+    [
+        ({}, 6),  # all of a block's seven but down_proj's
+        (dict(target_modules=["q_proj"]), 7),  # which is no adapter's
+        (dict(use_dora=True), 7 + 7),  # which is saved; and W A.T of every layer, for norms
+    ],
+)
+def test_a_block_is_computed_again_without_a_last_product_that_nobody_needs(
+    options: dict[str, Any], n_products: int, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(tiny_model, dtype=torch.float32)
+    add_lora(model, r=4, **options)
+    model.train().model.gradient_checkpointing = True
+    products = []
+
+    def counted(*args: Any) -> Tensor:
+        products.append(args)
+        return nf4_linear(*args)
+
+    hidden = model.model(IDS)
+    nf4_linear = matmul.nf4_linear
+    monkeypatch.setattr(matmul, "nf4_linear", counted)
+    hidden.square().sum().backward()
+    assert len(products) == n_products * len(model.model.layers)
+
+
+def test_recomputing_leaves_the_random_state_alone_and_can_be_done_twice(tiny_model: Path) -> None:
+    model = load_model(tiny_model, dtype=torch.float32)
+    add_lora(model, r=4, dropout=0.5)
+    model.train().model.gradient_checkpointing = True
+    trained = [p for p in model.parameters() if p.requires_grad]
+    loss = model.model(IDS).square().sum()
+    state = torch.get_rng_state()
+    once = torch.autograd.grad(loss, trained, retain_graph=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(9)
+    twice = torch.autograd.grad(loss, trained)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    assert any(gradient.any() for gradient in once)
+
+
+def test_a_training_step_on_a_cpu_loads_no_compiler_and_nothing_distributed(tiny_model: Path) -> None:
+    # Together they take 70 MB and more than a second.
+    program = f"""
+import sys, torch
+from minqlora import PagedAdamW, add_lora, load_model
+from minqlora.loss import supervised_loss
+model = load_model({str(tiny_model)!r}, dtype=torch.float32)
+add_lora(model, r=4)
+model.train().model.gradient_checkpointing = True
+optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad])
+ids = torch.arange(9)[None]
+supervised_loss(model.model(ids), ids, model.lm_head).backward()
+optimizer.step()
+optimizer.zero_grad()
+optimizer.load_tensors(optimizer.tensors())
+print([name for name in ("torch._dynamo", "torch.distributed.tensor", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_inputs_of_blocks_come_back_from_the_host_as_they_left(tiny_model: Path) -> None:
     model = load_model(tiny_model, dtype=torch.float32)
     add_lora(model, r=4)
     gradients = []
     # torch has stand-ins for streams on a CPU, so that what a GPU does can be done here.
-    for inputs in (contextlib.nullcontext(), HostInputs(torch.device("cpu"))):
+    for host in (None, HostInputs(torch.device("cpu"))):
         x = model.model.embed(IDS)
         rotary = model.model.rotary_tables([11, 12], None, like=x)
         for block in model.model.layers:
-            with inputs:
-                x = checkpoint(block, x, rotary, [11, 12], use_reentrant=False)
+            x = recomputed(block, x, rotary, [11, 12], host)
         x.square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         model.zero_grad()
-    assert len(inputs.kept) == len(model.model.layers) and not inputs.arriving
+    assert host is not None and len(host.kept) == len(model.model.layers) and not host.arriving
     assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
     assert any((gradient != 0).any() for gradient in gradients[0].values())
 
