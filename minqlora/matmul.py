@@ -464,11 +464,11 @@ def numbers_of_rows(n: int) -> list[int]:
     """Return the numbers of rows that oneDNN is given one after the other for n of them.
 
     It prepares itself for each new number, which takes time and memory that is kept. So it gets the same few
-    always: where up to a quarter is missing, rows of zeros fill up. What is left is `mm`'s.
+    always: where up to an eighth is missing, rows of zeros fill up. What is left is `mm`'s.
     """
     numbers = []
     for size in ROWS:
-        while n >= size * 3 // 4:
+        while n >= size * 7 // 8:
             numbers.append(size)
             n -= size
     return numbers
