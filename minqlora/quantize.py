@@ -130,7 +130,8 @@ def quantize_double(
     packed = torch.empty(-(-n // per_byte), dtype=torch.uint8, device=weight.device)
     absmax_codes = torch.empty(n_blocks, dtype=torch.uint8, device=weight.device)
     nested_absmax = torch.empty(-(-n_blocks // nested_block_size), dtype=torch.float32, device=weight.device)
-    window = max(CHUNK // (block_size * nested_block_size), 1) * nested_block_size  # scales at a time
+    # Scales at a time: those of a few chunks, so that what is done to them costs little more than the work.
+    window = max(8 * CHUNK // (block_size * nested_block_size), 1) * nested_block_size
     for first in range(0, n_blocks, window):
         start = first * block_size
         codes, absmax = quantize(_part(weight, start, start + window * block_size), codebook, block_size)
@@ -219,9 +220,9 @@ def largest_magnitudes(numbers: Tensor, block_size: int) -> Tensor:
     That of a short last block is at least 1e-38, as in bitsandbytes.
     """
     full = numbers.numel() // block_size * block_size
-    magnitudes = scratch("numbers", full, torch.float32, numbers.device)
-    torch.abs(numbers[:full], out=magnitudes)
-    scales = magnitudes.view(-1, block_size).amax(dim=1)
+    blocks = numbers[:full].view(-1, block_size)
+    # Two passes that only read are faster than one that writes magnitudes. The last makes 0 of -0.
+    scales = torch.maximum(blocks.amax(dim=1), -blocks.amin(dim=1)).abs_()
     if full < numbers.numel():
         scales = torch.cat([scales, numbers[full:].abs().amax().clamp(min=TINY)[None]])
     return scales
@@ -292,8 +293,14 @@ def _pack(codes: Tensor, codebook: Tensor, out: Tensor) -> None:
         return
     if codes.numel() % 2:  # the idle low nibble holds the code of 0
         codes = torch.cat([codes, encode(codebook.new_zeros(1), codebook)])
-    first, second = codes.view(-1, 2).unbind(1)
-    torch.add(second, first, alpha=16, out=out)  # first of a pair in the high nibble
+    # A pair as one number of 16 bits, the first in its low byte, because strides of 2 are slow. From there
+    # the first goes up into the high nibble, and the second comes down beside it.
+    pair = codes.view(torch.int16)
+    first = scratch("index", len(pair), torch.int16, codes.device)
+    second = scratch("above", len(pair), torch.int16, codes.device)
+    torch.bitwise_left_shift(pair, 4, out=first)
+    torch.bitwise_right_shift(pair, 8, out=second)
+    out.copy_(first.add_(second))
 
 
 def codes_per_byte(codebook: Tensor) -> int:
