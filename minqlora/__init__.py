@@ -9,18 +9,19 @@ and the optimizer's moments for lora_A and lora_B are paged to host memory. Each
 and a chapter imports only those above it, so the package reads from top to bottom:
 
     Part I, the method                 Part II, a transformer around it     Part III, a run
-     1 codebook    the 16 levels        8 architecture  config.json          20 memory  what it will need
-     2 reference   all of it, in NumPy  9 model         the network          21 run     the folder of a run
-     3 quantize    blocks and scales   10 files         tensors in and out   22 report  what it looked like
-     4 matmul      decode and multiply 11 checkpoint    files to a model
-     5 nf4         NF4Tensor           12 adapter       PEFT folders
-     6 lora        the adapters        13 template      conversations to text
-     7 optim       PagedAdamW          14 tokenizer     text to tokens
-                                       15 data          rows to labels
-                                       16 batch         shuffled, packed
-                                       17 check         what is in the data
-                                       18 loss          cross entropy
-                                       19 generate      one token at a time
+     1 codebook    the 16 levels        8 architecture  config.json          21 memory  what it will need
+     2 reference   all of it, in NumPy  9 attention     who sees whom        22 run     the folder of a run
+     3 quantize    blocks and scales   10 model         the network          23 report  what it looked like
+     4 matmul      decode and multiply 11 files         tensors in and out
+     5 nf4         NF4Tensor           12 checkpoint    files to a model
+     6 lora        the adapters        13 adapter       PEFT folders
+     7 optim       PagedAdamW          14 template      conversations to text
+                                       15 tokenizer     text to tokens
+                                       16 data          rows to labels
+                                       17 batch         shuffled, packed
+                                       18 check         what is in the data
+                                       19 loss          cross entropy
+                                       20 generate      one token at a time
 
 Letters, in every shape comment: B batch, T time (positions), D width of the residual stream, H heads, Hd
 width of a head, N out_features, K in_features, r rank, n_blocks quantization blocks.

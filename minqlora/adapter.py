@@ -1,4 +1,4 @@
-"""Chapter 12. Adapter folders: what was trained, in the form that the rest of the world loads.
+"""Chapter 13. Adapter folders: what was trained, in the form that the rest of the world loads.
 
 An adapter is two files and a model card. `adapter_config.json` says what was adapted and how;
 `adapter_model.safetensors` holds the matrices, each under the path of its layer::

@@ -7,7 +7,7 @@ refuses what it does not understand, because a field ignored is a model that is 
     {"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, ...}
     -> Architecture(hidden_size=576, n_heads=9, n_kv_heads=3, head_dim=64, ...)
 
-There is one transformer (Chapter 9) and a table of families, `FAMILIES`, that says in data how each departs
+There is one transformer (Chapter 10) and a table of families, `FAMILIES`, that says in data how each departs
 from Llama: where norms stand, which projections have a bias, which layers see only a window. The rest of the
 package knows no family by name.
 
@@ -17,7 +17,7 @@ frequencies are what the record holds. Pair i of a head turns by theta ** (-2 i 
     theta = 10,000, Hd = 8     frequencies  1.0  0.1  0.01  0.001
     "linear", factor 4                      0.25 0.025 0.0025 0.00025
 
-Before: optim. Next: model.
+Before: optim. Next: attention.
 """
 
 import json

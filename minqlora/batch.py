@@ -1,4 +1,4 @@
-"""Chapter 16. Batches: examples on disk, in a new order every epoch, packed into rows of one length.
+"""Chapter 17. Batches: examples on disk, in a new order every epoch, packed into rows of one length.
 
 Tokenizing takes time and memory, training wants neither; so a dataset is tokenized once, by all cores, into
 a folder of the cache, and training reads from there only what the next step needs. A token takes four bytes,

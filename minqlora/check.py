@@ -1,4 +1,4 @@
-"""Chapter 17. The data check: what a run is going to learn from, said before it begins.
+"""Chapter 18. The data check: what a run is going to learn from, said before it begins.
 
 Much of what goes wrong in fine-tuning goes wrong here, and no curve of the loss shows it: answers that were
 cut away, an end that is never learned, the same rows in training and evaluation. So the examples on disk are

@@ -1,4 +1,4 @@
-"""Chapter 11. Checkpoints: from a Hugging Face folder to a 4-bit model, one tensor at a time.
+"""Chapter 12. Checkpoints: from a Hugging Face folder to a 4-bit model, one tensor at a time.
 
 A 7B checkpoint is 13.5 GB in 16 bits and 3.4 GB in NF4. The first figure must never be in memory: each tensor
 is read from disk, quantized, and dropped before the next one is read::

@@ -1,4 +1,4 @@
-"""Chapter 15. Data: from files of rows to rows of tokens that say what is to be learned.
+"""Chapter 16. Data: from files of rows to rows of tokens that say what is to be learned.
 
 A row becomes a conversation, a conversation a list of tokens, and beside each token stands its *label*: the
 token itself where it belongs to an answer, -100 where it was given. An answer's end token is learned too, or

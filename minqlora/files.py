@@ -1,4 +1,4 @@
-"""Chapter 10. Tensors in files: safetensors folders, read and written one tensor at a time.
+"""Chapter 11. Tensors in files: safetensors folders, read and written one tensor at a time.
 
 A safetensors file is a header, JSON that says of each tensor its dtype, its shape and where it stands, and
 then the numbers. So one tensor can be read without the others, and nothing in a file is ever executed::

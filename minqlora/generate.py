@@ -1,4 +1,4 @@
-"""Chapter 19. Generation: one token after another, with everything before remembered.
+"""Chapter 20. Generation: one token after another, with everything before remembered.
 
 The prompt goes through the model once and leaves its keys and values in the cache; from then on each step
 feeds one token, reads the logits of one position, and chooses the next::
@@ -49,7 +49,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minqlora.model import CausalLM, KVCache, StepCache
+from minqlora.attention import KVCache, StepCache
+from minqlora.model import CausalLM
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Chapter 18. The loss: cross entropy without the logits of a batch.
+"""Chapter 19. The loss: cross entropy without the logits of a batch.
 
 Only answers are learned from, so only their positions need logits; and logits are wide: 512 positions of a
 49,152-word vocabulary are 100 MB in float32, their gradient as much again. Here supervised positions go

@@ -420,16 +420,17 @@ def time_look_ups(device: torch.device, n: int = 2**24) -> dict[str, float]:
         if not torch.equal(decoded.view(torch.bfloat16), expected):
             continue
         for rounds in (3, 20):  # the first to warm up
-            _wait_for(device)
+            wait_for(device)
             began = time.perf_counter()
             for _ in range(rounds):
                 decode(packed, scales, levels, 0)
-            _wait_for(device)
+            wait_for(device)
             times[look_up] = time.perf_counter() - began
     return times
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Return when a device has done all that it was given, as a clock needs it."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

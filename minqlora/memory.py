@@ -1,4 +1,4 @@
-"""Chapter 20. The memory plan: what a run will need, said before it starts.
+"""Chapter 21. The memory plan: what a run will need, said before it starts.
 
 Training holds more than a model. Of a 7B model, in bytes a parameter and in all::
 

@@ -1,4 +1,4 @@
-"""Chapter 9. The transformer: one decoder-only model, described by an Architecture.
+"""Chapter 10. The transformer: one decoder-only model, described by an Architecture.
 
 Tokens become vectors, each block adds to them what attention and an MLP have to say, and the last vectors are
 compared with every word of the vocabulary::
@@ -15,20 +15,20 @@ Parameters carry the names of Hugging Face checkpoints (`model.layers.0.self_att
 loading needs no table of names. Every projection is a plain `nn.Linear`; whether its weight is 4-bit, 16-bit
 or carries an adapter is not this chapter's business.
 
-Two things are not as in a textbook. Documents: several examples can stand end to end in one row; `lengths`
-says where each ends, attention never crosses the seam, and positions start again at 0. That takes the place
-of padding. And memory: RMSNorm and SwiGLU save for backward only what they cannot recompute for next to
-nothing, and adapters make their inputs again of that (`made_by`). A block's input can be all that stays of
-it (`gradient_checkpointing`), and that can wait in host memory (`HostInputs`). On accelerators all of a block
-but attention is compiled for training (`compile_blocks`).
+Two things are not as in a textbook. Documents: several examples can stand end to end in one row, and
+`lengths` says where each ends. That takes the place of padding. And memory: RMSNorm and SwiGLU save for
+backward only what they cannot recompute for next to nothing, and adapters make their inputs again of that
+(`made_by`). A block's input can be all that stays of it (`gradient_checkpointing`), and that can wait in host
+memory (`HostInputs`). On accelerators all of a block but attention is compiled for training
+(`compile_blocks`).
 
 Shapes and dtypes: input_ids (B, T) int64; the residual stream (B, T, D) in the compute dtype. Norms are taken
 in float32. Embeddings and head stay in the checkpoint's dtype and are cast where they are used.
 
-Paper: "Attention Is All You Need"; RMSNorm, "RoFormer" (rotary positions), "GLU Variants Improve Transformer"
-(SwiGLU), "GQA", "Mixtral of Experts".
+Paper: "Attention Is All You Need"; RMSNorm, "GLU Variants Improve Transformer" (SwiGLU), "Mixtral of
+Experts".
 
-Before: architecture. Next: files.
+Before: attention. Next: files.
 """
 
 import contextlib
@@ -46,100 +46,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from minqlora.architecture import Architecture, Experts, Rotary
+from minqlora.architecture import Architecture, Experts
+from minqlora.attention import (
+    Documents,
+    KVCache,
+    RotaryTables,
+    StepCache,
+    attend,
+    attend_to_documents,
+    join_heads,
+    rotary_table,
+    rotate,
+    softcap,
+)
 from minqlora.lora import LoRALinear, made_by
 from minqlora.matmul import cast_linear
-
-# cos and sin of every position's angles, (T, Rd) each or (B, 1, T, Rd), for each rotary of the model; Rd
-# numbers of a head are turned.
-RotaryTables = dict[Rotary, tuple[Tensor, Tensor]]
-
-
-class KVCache:
-    """Keys and values of all positions seen so far, so that a new token costs one token's work.
-
-    Holds (B, n_kv_heads, capacity, Hd) twice a layer, allocated at once. `length` counts the positions
-    filled. padding: (B,) int64, how many of a row's first positions are padding: nothing attends to them,
-    and the row's own positions count from there; None: no row has any.
-    """
-
-    def __init__(
-        self,
-        arch: Architecture,
-        batch: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        padding: Tensor | None = None,
-    ):
-        shape = (arch.n_layers, 2, batch, arch.n_kv_heads, capacity, arch.head_dim)
-        self.kv = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0
-        self.padding = padding
-
-    @property
-    def capacity(self) -> int:
-        """The number of positions there is room for."""
-        return self.kv.shape[4]
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (B, n_kv_heads, T, Hd); return all that it has."""
-        end = self.length + k.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"the KV cache has room for {self.capacity} positions, not {end}")
-        keys, values = self.kv[layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-    def mask(self, window: int | None) -> Tensor | None:
-        """Return which places are seen, None where `attend` can tell by itself."""
-        return None
-
-
-class StepCache(KVCache):
-    """A KVCache as steps of one token see it whose shapes never change: all of its capacity, and a mask over
-    what is not filled. Kernels can then be recorded once and replayed, which a slice that grows forbids.
-
-    `position`, (1,) int64 on the device, is where the next token goes; whoever steps sets it.
-    """
-
-    def __init__(self, cache: KVCache, arch: Architecture):
-        self.kv, self.padding, self.length = cache.kv, cache.padding, cache.length
-        device = cache.kv.device
-        self.position = torch.full((1,), cache.length, device=device)
-        self.positions = torch.arange(cache.capacity, device=device)
-        like = cache.kv.new_empty(0)
-        self.tables = {rotary: rotary_table(rotary, [self.positions], like) for rotary in arch.rotaries}
-
-    @staticmethod
-    def suits(arch: Architecture, capacity: int) -> bool:
-        """Return whether steps can have fixed shapes: not where a token chooses experts, nor where a rotary
-        turns all positions otherwise once one is beyond a length."""
-        lengths = [rotary.original_length for rotary in arch.rotaries]
-        is_mixture = any(layer.experts is not None for layer in arch.layers)
-        return not is_mixture and all(length is None or capacity <= length for length in lengths)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a token's keys and values (B, n_kv_heads, 1, Hd) at `position`; return all places'."""
-        keys, values = self.kv[layer]
-        return keys.index_copy_(2, self.position, k), values.index_copy_(2, self.position, v)
-
-    def rotary_tables(self) -> RotaryTables:
-        """Return cos and sin of the token's angles, (1, Rd) each, or (B, 1, 1, Rd) where rows are padded."""
-        index = self.position
-        if self.padding is not None:
-            index = (self.position - self.padding[:, None, None]).clamp(min=0)
-        return {rotary: (cos[index], sin[index]) for rotary, (cos, sin) in self.tables.items()}
-
-    def mask(self, window: int | None) -> Tensor:
-        """Return which places the token sees, bool (1, capacity) or (B, 1, 1, capacity)."""
-        seen = self.positions <= self.position
-        if window is not None:
-            seen = seen & (self.positions > self.position - window)
-        if self.padding is None:
-            return seen[None]
-        return seen & (self.positions >= self.padding[:, None, None, None])
 
 
 class CausalLM(nn.Module):
@@ -189,11 +110,6 @@ class Head(nn.Linear):
         return logits if self.softcap is None else softcap(logits, self.softcap)
 
 
-def softcap(x: Tensor, cap: float) -> Tensor:
-    """Return x bent smoothly into (-cap, cap)."""
-    return cap * torch.tanh(x / cap)
-
-
 class Trunk(nn.Module):
     """Everything but the output head: embeddings, blocks, final norm."""
 
@@ -224,13 +140,14 @@ class Trunk(nn.Module):
             raise ValueError(f"lengths {lengths} must sum to T = {T}, and cannot be combined with a cache")
         x = self.embed(input_ids)  # (B, T, D)
         rotary = self.rotary_tables(lengths, cache, like=x)
+        documents = Documents.of(lengths, x, self.arch)
         host = HostInputs(x.device) if self.offload and x.device.type != "cpu" else None
         for block in self.layers:
             assert isinstance(block, Block)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = recomputed(block, x, rotary, lengths, host=host)
+                x = recomputed(block, x, rotary, documents, host)
             else:
-                x = block(x, rotary, lengths, cache)
+                x = block(x, rotary, documents, cache)
         if cache is not None:
             cache.length += T
         return self.norm(x)
@@ -255,7 +172,7 @@ class Trunk(nn.Module):
 
 
 def recomputed(
-    block: "Block", x: Tensor, rotary: RotaryTables, lengths: list[int], host: "HostInputs | None" = None
+    block: "Block", x: Tensor, rotary: RotaryTables, documents: Documents, host: "HostInputs | None" = None
 ) -> Tensor:
     """Return what the block makes of x (B, T, D), keeping for backward x alone, on the host where `host` is
     given. What else backward needs is made again when it asks for the first of it.
@@ -264,9 +181,9 @@ def recomputed(
     things: the block's last product, a quarter of its work, is left out the second time, because backward
     needs what went into it and not what came out; and nothing here loads torch's compiler, which takes 70 MB.
     """
-    kept = _Recomputed(block, x, (rotary, lengths), host)
+    kept = _Recomputed(block, x, (rotary, documents), host)
     with torch.autograd.graph.saved_tensors_hooks(kept.forget, kept.again):
-        return block(x, rotary, lengths)
+        return kept.run(x)
 
 
 class _Recomputed:
@@ -279,6 +196,10 @@ class _Recomputed:
         self.random = torch.get_rng_state(), *get_device_states(x)  # dropout draws the same again
         self.n_saved = 0
         self.made: dict[int, Tensor] = {}
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return what the block makes of x."""
+        return self.block(x, *self.others, in_parts=True)
 
     def forget(self, saved: Tensor) -> int:
         """Return the number of what an operation wants to save."""
@@ -308,7 +229,7 @@ class _Recomputed:
         ):
             torch.set_rng_state(state)
             set_device_states(devices, states)
-            self.block(self.input().detach().requires_grad_(self.needs_grad), *self.others)
+            self.run(self.input().detach().requires_grad_(self.needs_grad))
         if len(saved) != self.n_saved:
             raise RuntimeError(
                 f"a block that had saved {self.n_saved} tensors saved {len(saved)} when recomputed"
@@ -359,27 +280,6 @@ class HostInputs:
             return tensor, self.side.record_event()
 
 
-def rotary_table(rotary: Rotary, positions: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (..., T, Rd) of position * frequency, taken in float32, in the dtype of `like`.
-
-    positions: (..., T) int64 for each document of a row, the last one its largest.
-    """
-
-    def frequencies(numbers: tuple[float, ...]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.float32, device=like.device)  # (Rd / 2,)
-
-    angles = []
-    for position in positions:
-        frequency = frequencies(rotary.frequencies)
-        if rotary.original_length is not None:
-            is_long = position[..., -1:, None] >= rotary.original_length  # (..., 1, 1)
-            frequency = torch.where(is_long, frequencies(rotary.long_frequencies), frequency)
-        angles.append(position[..., None].float() * frequency)  # (..., T, Rd / 2)
-    angle = torch.cat(angles, dim=-2)
-    angle = torch.cat([angle, angle], dim=-1)  # the first half of a head turns with the second
-    return (angle.cos() * rotary.scale).to(like.dtype), (angle.sin() * rotary.scale).to(like.dtype)
-
-
 class Block(nn.Module):
     """Attention and MLP, each between norms where the architecture has them, added to the residual stream."""
 
@@ -387,8 +287,8 @@ class Block(nn.Module):
         super().__init__()
         self.names = arch.family.norms
         self.scale = arch.residual_scale
-        # `enter` and `leave` as `compile_blocks` makes them; they are for training.
-        self.compiled: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+        # `enter`, `leave` and `leave_but_last` as `compile_blocks` makes them; they are for training.
+        self.compiled: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None = None
         self.self_attn = Attention(arch, index)
         experts = arch.layers[index].experts
         self.mlp_name = arch.family.mlp
@@ -400,15 +300,23 @@ class Block(nn.Module):
                 self.add_module(name, RMSNorm(arch, arch.hidden_size))
 
     def forward(
-        self, x: Tensor, rotary: RotaryTables, lengths: list[int], cache: KVCache | None = None
+        self,
+        x: Tensor,
+        rotary: RotaryTables,
+        documents: Documents,
+        cache: KVCache | None = None,
+        in_parts: bool = False,
     ) -> Tensor:
-        """Map the residual stream (B, T, D) to its next state."""
+        """Map the residual stream (B, T, D) to its next state. in_parts: the last product is not compiled
+        into one with what is before it, so that `without_last_product` can leave it out."""
         attention = self.self_attn
         table = None if attention.rotary is None else rotary[attention.rotary]
         if self.compiled is None or not self.training:
-            return self.leave(x, attention(*self.enter(x, table), lengths, cache))
-        enter, leave = self.compiled
-        y = attention(*enter(self, *_of_any_length(x, table)), lengths, cache)
+            return self.leave(x, attention(*self.enter(x, table), documents, cache))
+        enter, leave, leave_but_last = self.compiled
+        y = attention(*enter(self, *_of_any_length(x, table)), documents, cache)
+        if in_parts and isinstance(self.get_submodule(self.mlp_name), MLP):
+            return self.last(*leave_but_last(self, *_of_any_length(x, y)))
         return leave(self, *_of_any_length(x, y))
 
     def enter(self, x: Tensor, table: tuple[Tensor, Tensor] | None) -> list[Tensor]:
@@ -417,18 +325,32 @@ class Block(nn.Module):
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         """Add what attention returned, (B, T, H Hd), to the residual stream, and then what the MLP says."""
-        y = self.self_attn.o_proj(y)
-        x = self._add(x, self._norm(self.names.after_attention, y))
+        x = self._attended(x, y)
         y = self.get_submodule(self.mlp_name)(self._norm(self.names.before_mlp, x))
         return self._add(x, self._norm(self.names.after_mlp, y))
+
+    def leave_but_last(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the residual stream with attention's part, and what the MLP's last projection takes."""
+        x = self._attended(x, y)
+        mlp = self.get_submodule(self.mlp_name)
+        assert isinstance(mlp, MLP)
+        return x, mlp.gated(self._norm(self.names.before_mlp, x))
+
+    def last(self, x: Tensor, gated: Tensor) -> Tensor:
+        """Add the MLP's last projection to the residual stream."""
+        mlp = self.get_submodule(self.mlp_name)
+        assert isinstance(mlp, MLP)
+        return self._add(x, self._norm(self.names.after_mlp, mlp.down(gated)))
+
+    def _attended(self, x: Tensor, y: Tensor) -> Tensor:
+        return self._add(x, self._norm(self.names.after_attention, self.self_attn.o_proj(y)))
 
     @contextlib.contextmanager
     def without_last_product(self) -> Iterator[None]:
         """While it lasts, leave out the product that the block ends with, where only a sum is made of it."""
         mlp = self.get_submodule(self.mlp_name)
-        last = mlp.get_submodule(mlp.names[2]) if isinstance(mlp, MLP) else None
-        is_free = self.names.after_mlp is None and self.compiled is None
-        if not isinstance(last, LoRALinear) or not is_free:
+        last = mlp.down if isinstance(mlp, MLP) else None
+        if not isinstance(last, LoRALinear) or self.names.after_mlp is not None:
             yield
             return
         last.result_is_wanted = False
@@ -472,7 +394,7 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(arch, arch.head_dim if self.qk_norm == "head" else kv_width)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], cache: KVCache | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, cache: KVCache | None = None
     ) -> Tensor:
         """Return what each token sees of the others, (B, T, H Hd), for its heads (B, heads, T, Hd)."""
         how: dict[str, Any] = dict(scale=self.scale, window=self.window, cap=self.cap)
@@ -481,9 +403,7 @@ class Attention(nn.Module):
             mask = cache.mask(self.window)
             return join_heads(attend(q, k, v, padding=cache.padding, mask=mask, **how))
         how["dropout"] = self.dropout if self.training else 0.0
-        documents = zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True)
-        parts = [attend(*document, **how) for document in documents]
-        return made_by(join_heads(*parts), join_heads, *parts)
+        return attend_to_documents(q, k, v, documents, **how)
 
     def heads(self, x: Tensor, table: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """Return queries, keys and values, (B, heads, T, Hd) each, of x (B, T, D), turned by the angles of
@@ -512,22 +432,23 @@ def _of_any_length(x: Tensor, other: Any) -> tuple[Tensor, Any]:
 def compile_blocks(model: CausalLM, backend: str | Callable[..., Any] = "inductor") -> None:
     """Let blocks be compiled for training: what stands before attention, and what stands behind it.
 
-    Attention itself stays as it is. It is one kernel of PyTorch's for each document, and where documents end
-    changes with every batch: inside, each new list of lengths would be compiled anew. What is compiled knows
-    only T, as a symbol, and no block from the next, so that two graphs of each part (the first block's input
-    needs no gradient) serve all blocks and all batches. Evaluation and generation stay eager, for which the
-    parts would be compiled again. Blocks with a mixture of experts keep an eager second part: whom a token
-    chooses is data.
+    Attention itself stays as it is. It is PyTorch's kernels, and where documents end changes with every
+    batch: inside, each new list of lengths would be compiled anew. What is compiled knows only T, as a
+    symbol, and no block from the next, so that two graphs of each part (the first block's input needs no
+    gradient) serve all blocks and all batches. Evaluation and generation stay eager, for which the parts
+    would be compiled again. Blocks with a mixture of experts keep an eager second part: whom a token chooses
+    is data. Where blocks are recomputed, the last product is eager too (`Block.without_last_product`).
 
     backend: of torch.compile, for tests. Dropout draws what it draws in eager mode.
     """
     options = {"fallback_random": True} if backend == "inductor" else None
     how: dict[str, Any] = dict(fullgraph=True, backend=backend, options=options)
-    enter, leave = torch.compile(Block.enter, **how), torch.compile(Block.leave, **how)
+    parts: tuple[Callable[..., Any], ...] = (Block.enter, Block.leave, Block.leave_but_last)
+    enter, leave, leave_but_last = (torch.compile(part, **how) for part in parts)
     for block in model.model.layers:
         assert isinstance(block, Block)
         is_mixture = isinstance(block.get_submodule(block.mlp_name), Mixture)
-        block.compiled = enter, Block.leave if is_mixture else leave
+        block.compiled = enter, Block.leave if is_mixture else leave, leave_but_last
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -536,121 +457,6 @@ def missing_compiler(device: torch.device) -> str | None:
         compilers = map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])
         return None if any(compilers) else "no C++ compiler"
     return None if device.type == "mps" or util.find_spec("triton") else "no Triton"
-
-
-def join_heads(*documents: Tensor) -> Tensor:
-    """Return (B, T, H Hd) for the heads (B, H, T, Hd) of documents that stand end to end."""
-    return rearrange(
-        torch.cat(documents, dim=2) if len(documents) > 1 else documents[0], "B H T Hd -> B T (H Hd)"
-    )
-
-
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    cap: float | None = None,
-    padding: Tensor | None = None,
-    mask: Tensor | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
-    """Return causal attention (B, H, Tq, Hd).
-
-    q: (B, H, Tq, Hd), the last Tq of the Tk positions. k, v: (B, n_kv_heads, Tk, Hd). scale: what scores are
-    multiplied by; None is 1 / sqrt(Hd). window: positions looked back on, the query's own included. cap:
-    scores are capped smoothly. padding: (B,), each row's first positions that nobody looks at. mask: bool, to
-    broadcast to (B, H, Tq, Tk), which keys a query sees, instead of what window and padding say. dropout:
-    share of the attention weights that are zeroed.
-    """
-    Tq = q.shape[2]
-    if mask is None and window is not None and Tq == 1 and padding is None:
-        k, v = k[:, :, -window:], v[:, :, -window:]  # the only query sees the end of the keys
-    Tk = k.shape[2]
-    causal = False
-    if mask is None:
-        if padding is not None or (window is not None and Tk > window and Tq > 1) or 1 < Tq < Tk:
-            mask = _visible(Tq, Tk, window, padding, q.device)
-        elif Tq == Tk > 1:
-            causal = True  # a bool, which `Tq == Tk > 1` is not where sizes are symbols of torch.compile
-    if cap is not None:
-        return _attend_capped(q, k, v, mask, causal, scale, cap, dropout)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
-    )
-
-
-def _visible(Tq: int, Tk: int, window: int | None, padding: Tensor | None, device: torch.device) -> Tensor:
-    # -> (Tq, Tk) or (B, 1, Tq, Tk) bool: which keys a query sees. Query i stands at position Tk - Tq + i.
-    mask = torch.ones(Tq, Tk, dtype=torch.bool, device=device).tril(Tk - Tq)
-    if window is not None:
-        mask = mask.triu(Tk - Tq - window + 1)
-    if padding is not None:
-        position = torch.arange(Tk, device=device)
-        mask = mask & (position >= padding[:, None, None, None])
-        # A query in the padding sees itself alone: seeing nothing would make it NaN.
-        mask = mask | (position == position[Tk - Tq :, None])
-    return mask
-
-
-def _attend_capped(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float | None,
-    cap: float,
-    dropout: float,
-) -> Tensor:
-    # In plain operations, because the fused ones have no cap: all scores exist at once, (B, H, Tq, Tk).
-    Tq, Tk, Hd = q.shape[2], k.shape[2], q.shape[3]
-    k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-    scores = softcap(q @ k.mT * (Hd**-0.5 if scale is None else scale), cap)
-    if causal:
-        mask = _visible(Tq, Tk, None, None, q.device)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)
-    return F.dropout(weights, dropout) @ v
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + Rd / 2) of a head by their angles. x: (B, H, T, Hd); cos, sin: (..., T, Rd).
-
-    The last Hd - Rd numbers of a head stay as they are.
-    """
-    return Rotate.apply(x, cos, sin)
-
-
-class Rotate(torch.autograd.Function):
-    """`rotate` in fewer passes over its numbers than plain operations make, and nothing saved but angles."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return x turned."""
-        ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient turned back."""
-        cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin), None, None
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    Rd = cos.shape[-1]
-    half = Rd // 2
-    first, second = x[..., :half], x[..., half:Rd]
-    y = x * cos if x.shape[-1] == Rd else torch.cat([x[..., :Rd] * cos, x[..., Rd:]], dim=-1)
-    # Each product rounded by itself, as in other implementations; it matters in 16 bits.
-    y[..., :half].sub_(second * sin[..., :half])
-    y[..., half:Rd].add_(first * sin[..., half:])
-    return y
 
 
 class MLP(nn.Module):
@@ -672,15 +478,24 @@ class MLP(nn.Module):
             self.add_module(up, nn.Linear(arch.hidden_size, width, bias=arch.mlp_bias))
         self.add_module(down, nn.Linear(width, arch.hidden_size, bias=arch.mlp_bias))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (..., D) to (..., D)."""
+    @property
+    def down(self) -> nn.Module:
+        """The last projection, (..., width) to (..., D)."""
+        return self.get_submodule(self.names[2])
+
+    def gated(self, x: Tensor) -> Tensor:
+        """Return act(gate) * up (..., width), of x (..., D)."""
         if self.fused:
             gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         else:
             gate, up = (getattr(self, name)(x) for name in self.names[:2])
         product = GatedProduct.apply(gate, up, self.activation)
-        make = partial(gated_product, activation=self.activation)
-        return getattr(self, self.names[2])(made_by(product, make, gate, up))
+        return made_by(product, partial(gated_product, activation=self.activation), gate, up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        y: Tensor = self.down(self.gated(x))
+        return y
 
 
 class Mixture(nn.Module):

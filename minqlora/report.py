@@ -1,4 +1,4 @@
-"""Chapter 22. The report: what a run shows while it goes, and the page that it leaves to look at.
+"""Chapter 23. The report: what a run shows while it goes, and the page that it leaves to look at.
 
 A run is read back from the files in its folder and becomes `report.html`, one file that needs nothing else:
 what was trained on what, curves, answers before and after. Two things are done to a curve first. A long run

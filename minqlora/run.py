@@ -1,4 +1,4 @@
-"""Chapter 21. The run folder: what a training run leaves behind, readable at any moment.
+"""Chapter 22. The run folder: what a training run leaves behind, readable at any moment.
 
     runs/demo-1/
       config.yaml              the configuration as it was run

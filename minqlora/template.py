@@ -1,4 +1,4 @@
-"""Chapter 13. Chat templates: programs of strangers, run in a sandbox.
+"""Chapter 14. Chat templates: programs of strangers, run in a sandbox.
 
 A chat template is a small Jinja program that comes with a model and writes a conversation the way the model
 saw conversations in training::

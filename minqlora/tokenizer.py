@@ -1,4 +1,4 @@
-"""Chapter 14. Text to tokens and back.
+"""Chapter 15. Text to tokens and back.
 
 A checkpoint folder brings its tokenizer as `tokenizer.json`, or, if it has only that, as SentencePiece's
 `tokenizer.model`; and in `chat_template.jinja` or `tokenizer_config.json` the chat template::
@@ -15,7 +15,7 @@ special token, or other text, has no such beginning::
 Templates write their own beginning-of-text token; so text from a template is encoded without special tokens
 being added, and where they are added to a text that begins with one already, there is still only one. A model
 without a template is a base model: its default is the plain text of a prompt, after the tokens that the
-tokenizer puts before a text, and then the completion and the end token (Chapter 14).
+tokenizer puts before a text, and then the completion and the end token (Chapter 16).
 
 How this differs: a `tokenizer.model` is read by SentencePiece itself, so ids are its own. transformers
 converts it, and what comes of that drops one of the spaces before a text, and joins spaces differently.

@@ -214,6 +214,34 @@ def _text(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
+# What other trainers call an option of ours, for whoever comes from there; no spelling is near.
+ELSEWHERE = {
+    theirs: (ours,)
+    for ours, names in {
+        "model": "base_model checkpoint_dir",
+        "dataset": "data data_path data_files train_data train_file datasets",
+        "eval_dataset": "eval_data eval_file validation_file test_data",
+        "output_dir": "out output save_dir save_path",
+        "lora_r": "r rank",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "max_seq_length": "cutoff_len max_length max_seq_len seq_len sequence_len model_max_length",
+        "packing": "packed sample_packing",
+        "per_device_train_batch_size": "batch_size micro_batch_size train_batch_size",
+        "gradient_accumulation_steps": "accumulate grad_accum",
+        "num_train_epochs": "epochs num_epochs n_epochs",
+        "max_steps": "steps iters iterations",
+        "learning_rate": "lr",
+        "lr_scheduler_type": "scheduler lr_scheduler",
+        "warmup_steps": "warmup",
+        "optim": "optimizer",
+        "bits": "load_in_4bit",
+        "max_new_tokens": "max_tokens n_predict",
+    }.items()
+    for theirs in names.split()
+}
+
+
 def _convert(
     options: Sequence[_Option], given: Iterable[tuple[str, str, Any]], dashes: str = ""
 ) -> dict[str, Any]:
@@ -224,7 +252,9 @@ def _convert(
     for where, name, written in given:
         option = by_name.get(name.replace("-", "_"))
         if option is None:
-            near = difflib.get_close_matches(name.replace("-", "_"), by_name, n=1)
+            name = name.replace("-", "_")
+            near = [ours for ours in ELSEWHERE.get(name, ()) if ours in by_name]
+            near = near or difflib.get_close_matches(name, by_name, n=1)
             hint = f"did you mean {dashes}{near[0]}?" if near else "see --help"
             raise ValueError(f"{where}: there is no such option; {hint}")
         if option.name in first:

@@ -26,6 +26,7 @@ from evaluate import read_text, text_ids
 from finetune import as_json, choose_device, show_progress
 from minqlora import NF4Tensor
 from minqlora.architecture import read_config
+from minqlora.attention import Documents
 from minqlora.checkpoint import (
     Quantization,
     default_dtype,
@@ -227,6 +228,7 @@ def perplexities(
     if not arch.tie_embeddings:
         model.model.embed_tokens.to("meta")  # to make room
     lengths = [windows.shape[1]]
+    documents = Documents(lengths)
     rotary = model.model.rotary_tables(lengths, None, like=embedded[0])
     states = (embedded, list(embedded))
     for index in tqdm(range(arch.n_layers), desc="perplexity", unit="block", leave=False, disable=None):
@@ -234,7 +236,7 @@ def perplexities(
             with torch.device("meta"):
                 block = Block(arch, index).eval()
             fill(block, f"model.layers.{index}", checkpoint)
-            hidden[:] = [block(x, rotary, lengths) for x in hidden]
+            hidden[:] = [block(x, rotary, documents) for x in hidden]
     fill(model.model.norm, "model.norm", checkpoints[0])
     if not arch.tie_embeddings:
         fill(model.lm_head, "lm_head", checkpoints[0], dtype=None)

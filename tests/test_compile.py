@@ -16,6 +16,7 @@ from torch._functorch.partitioners import default_partition, min_cut_remateriali
 from torch.utils.checkpoint import checkpoint
 
 from minqlora import add_lora, generate, load_model
+from minqlora.attention import Documents
 from minqlora.lora import LoRALinear
 from minqlora.model import HostInputs, compile_blocks, missing_compiler, recomputed
 from minqlora.nf4 import NF4Tensor
@@ -386,7 +387,7 @@ def test_compiled_blocks_work_with_inputs_in_host_memory(tiny_model: Path):
         x = model.model.embed(torch.arange(23)[None])
         rotary = model.model.rotary_tables([11, 12], None, like=x)
         for block in model.model.layers:
-            x = recomputed(block, x, rotary, [11, 12], host)
+            x = recomputed(block, x, rotary, Documents([11, 12]), host)
         x.square().sum().backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])
         host.kept.clear()

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from minqlora import LoRALinear, NF4Tensor, add_lora, load_model
 from minqlora.architecture import both_spellings, read_architecture
+from minqlora.attention import KVCache, StepCache
 from minqlora.generate import RecordedStep
 from minqlora.loss import supervised_loss
-from minqlora.model import CausalLM, KVCache, StepCache
+from minqlora.model import CausalLM
 
 T = 40
 

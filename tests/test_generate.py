@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from minqlora import generate, load_model
+from minqlora.attention import KVCache
 from minqlora.generate import PrefixCache, RecordedStep, Sampling, can_record, generate_batch
-from minqlora.model import CausalLM, KVCache
+from minqlora.model import CausalLM
 from minqlora.tokenizer import Tokenizer
 
 

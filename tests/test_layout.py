@@ -19,7 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 # Reading order = import order; the place in it is the chapter's number. Rooms that no issue has needed yet do
 # not exist, and the chain passes them by.
 METHOD = ["codebook", "reference", "quantize", "matmul", "nf4", "lora", "optim"]
-TRANSFORMER = ["architecture", "model", "files", "checkpoint", "adapter", "template", "tokenizer"]
+TRANSFORMER = [
+    "architecture",
+    "attention",
+    "model",
+    "files",
+    "checkpoint",
+    "adapter",
+    "template",
+    "tokenizer",
+]
 TRANSFORMER += ["data", "batch", "check", "loss", "generate"]
 CHAPTERS = [*METHOD, *TRANSFORMER, "memory", "run", "report", "parallel"]
 

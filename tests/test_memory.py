@@ -25,6 +25,7 @@ from torch import Tensor
 import plan as script
 from minqlora import NF4Tensor, PagedAdamW, load_model, quantize
 from minqlora.architecture import Architecture, architecture_from_config, read_architecture
+from minqlora.attention import Documents
 from minqlora.checkpoint import linear_weights, replace_parameter
 from minqlora.lora import LoRAConfig, adapters, add_lora
 from minqlora.loss import supervised_loss
@@ -317,7 +318,7 @@ def saved_in_forward(model: CausalLM, setup: Setup) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = block(x * 1, rotary, [setup.tokens])
+        y = block(x * 1, rotary, Documents([setup.tokens]))
         found = storages(iter(saved))
     assert y.requires_grad
     return sum(size for place, size in found.items() if place not in given)

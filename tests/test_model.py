@@ -14,18 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minqlora import NF4Tensor, add_lora, load_model, matmul
+from minqlora.attention import Documents, KVCache, attend, rotary_table, rotate
 from minqlora.checkpoint import quantized_size
-from minqlora.model import (
-    CausalLM,
-    GatedProduct,
-    HostInputs,
-    KVCache,
-    Normalize,
-    attend,
-    recomputed,
-    rotary_table,
-    rotate,
-)
+from minqlora.model import CausalLM, GatedProduct, HostInputs, Normalize, recomputed
 from minqlora.nf4 import Format
 
 
@@ -220,7 +211,7 @@ def test_documents_laid_end_to_end_have_the_logits_they_have_alone(tiny: CausalL
 def test_no_gradient_crosses_from_one_document_to_another(tiny: CausalLM) -> None:
     x = torch.randn(1, 10, tiny.arch.hidden_size, requires_grad=True)
     rotary = tiny.model.rotary_tables([4, 6], None, like=x)
-    y = tiny.model.layers[0](x, rotary, [4, 6])
+    y = tiny.model.layers[0](x, rotary, Documents([4, 6]))
     (grad,) = torch.autograd.grad(y[:, 4:].square().sum(), x)
     assert (grad[:, :4] == 0).all() and (grad[:, 4:] != 0).any(dim=2).all()
 
@@ -387,7 +378,7 @@ def test_inputs_of_blocks_come_back_from_the_host_as_they_left(tiny_model: Path)
         x = model.model.embed(IDS)
         rotary = model.model.rotary_tables([11, 12], None, like=x)
         for block in model.model.layers:
-            x = recomputed(block, x, rotary, [11, 12], host)
+            x = recomputed(block, x, rotary, Documents([11, 12]), host)
         x.square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
         model.zero_grad()

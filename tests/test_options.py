@@ -151,6 +151,9 @@ def test_a_path_may_start_at_home():
         (["--lerning-rate", "1"], "--lerning_rate: there is no such option; did you mean --learning_rate?"),
         (["--lerning_rate=1"], "--lerning_rate: there is no such option; did you mean --learning_rate?"),
         (["-learning_rate", "1"], "-learning_rate: there is no such option; did you mean --learning_rate?"),
+        (["--r", "8"], "--r: there is no such option; did you mean --lora_r?"),
+        (["--train-file", "x"], "--train_file: there is no such option; did you mean --dataset?"),
+        (["--batch_size", "8"], "--batch_size: there is no such option; see --help"),  # nor here
         (["--xyzzy"], "--xyzzy: there is no such option; see --help"),
         (["file.jsonl"], "unexpected 'file.jsonl': a value stands behind its flag"),
         (["--lora_r=8", "9"], "unexpected '9': a value stands behind its flag"),
