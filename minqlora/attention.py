@@ -73,7 +73,9 @@ class Documents:
         (B, T, D)."""
         heads = arch.n_heads, arch.n_kv_heads, arch.head_dim
         is_special = arch.attention_softcap is not None or arch.attention_dropout > 0
-        if len(lengths) == 1 or is_special or torch.compiler.is_compiling():
+        # What is found by a clock may be found otherwise when a run goes on.
+        is_fixed = torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling()
+        if len(lengths) == 1 or is_special or is_fixed:
             return Documents(lengths)
         if not is_one_kernel_better(like.device, like.dtype, *heads):
             return Documents(lengths)

@@ -44,7 +44,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import get_device_states, set_device_states
 
 from minqlora.architecture import Architecture, Experts
 from minqlora.attention import (
@@ -193,7 +192,7 @@ class _Recomputed:
         # Without the graph behind it.
         kept = x.detach()
         self.input = (lambda: kept) if host is None else partial(host.fetch, host.keep(kept))
-        self.random = torch.get_rng_state(), *get_device_states(x)  # dropout draws the same again
+        self.device, self.random = x.device, _random_states(x.device)  # dropout draws the same again
         self.n_saved = 0
         self.made: dict[int, Tensor] = {}
 
@@ -213,7 +212,6 @@ class _Recomputed:
         return self.made.pop(number)
 
     def _make(self) -> None:
-        state, devices, states = self.random
         saved: list[Tensor] = []
 
         def note(tensor: Tensor) -> Tensor:
@@ -221,20 +219,33 @@ class _Recomputed:
             saved.append(tensor.detach())
             return saved[-1]
 
-        with (
-            torch.enable_grad(),
-            torch.random.fork_rng(devices),
-            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-            self.block.without_last_product(),
-        ):
-            torch.set_rng_state(state)
-            set_device_states(devices, states)
-            self.run(self.input().detach().requires_grad_(self.needs_grad))
+        hooks = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        x, before = self.input().detach().requires_grad_(self.needs_grad), _random_states(self.device)
+        _set_random_states(self.device, self.random)
+        try:
+            with torch.enable_grad(), hooks, self.block.without_last_product():
+                self.run(x)
+        finally:
+            _set_random_states(self.device, before)
         if len(saved) != self.n_saved:
             raise RuntimeError(
                 f"a block that had saved {self.n_saved} tensors saved {len(saved)} when recomputed"
             )
         self.made = dict(enumerate(saved))
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    # Of the generators of the host and of a device.
+    states = [torch.get_rng_state()]
+    return (
+        states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
+    )
+
+
+def _set_random_states(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 class HostInputs:

@@ -108,6 +108,15 @@ def test_what_the_kernel_has_not_is_left_to_others(
     assert Documents.of([20, 3], torch.zeros(2, 23, 64), arch).ends is None
 
 
+def test_a_run_to_the_same_bits_does_not_choose_by_the_clock(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = load_model(tiny_model).arch
+    monkeypatch.setattr(attention, "is_one_kernel_better", lambda *_: True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert Documents.of([20, 3], torch.zeros(2, 23, 64), arch).ends is None
+
+
 def test_a_cpu_and_float32_have_a_kernel_for_each() -> None:
     assert not is_one_kernel_better(CPU, torch.bfloat16, *HEADS)
     assert not is_one_kernel_better(torch.device("cuda"), torch.float32, *HEADS)

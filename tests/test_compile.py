@@ -349,8 +349,7 @@ def gradients(folder: Path, compiled: bool, checkpointing: bool, **options) -> t
     return found, backend
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("checkpointing", "use_dora"), [(False, True), (True, False)])
 def test_compiled_blocks_train_to_the_bits_of_eager_ones_with_dropout(
     checkpointing: bool, use_dora: bool, tiny_model: Path
 ):
