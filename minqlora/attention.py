@@ -72,12 +72,13 @@ class Documents:
         """Return the documents of a batch, to be attended to as is best for the residual stream `like`
         (B, T, D)."""
         heads = arch.n_heads, arch.n_kv_heads, arch.head_dim
+        windowed = {layer.window is not None for layer in arch.layers}
         is_special = arch.attention_softcap is not None or arch.attention_dropout > 0
         # What is found by a clock may be found otherwise when a run goes on.
         is_fixed = torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling()
         if len(lengths) == 1 or is_special or is_fixed:
             return Documents(lengths)
-        if not is_one_kernel_better(like.device, like.dtype, *heads):
+        if not all(is_one_kernel_better(like.device, like.dtype, *heads, some) for some in windowed):
             return Documents(lengths)
         with torch.inference_mode(False):  # autograd could not save what is made there
             ends = torch.tensor([0, *accumulate(list(lengths) * like.shape[0])], dtype=torch.int32)
@@ -236,13 +237,13 @@ def _attend_at_once(
 
 @cache
 def is_one_kernel_better(
-    device: torch.device, dtype: torch.dtype, n_heads: int, n_kv_heads: int, head_dim: int
+    device: torch.device, dtype: torch.dtype, n_heads: int, n_kv_heads: int, head_dim: int, windowed: bool
 ) -> bool:
     """Return whether one kernel attends to many documents faster than a kernel for each, with the same
     result: tried once. No for float32 and on CPUs, for which there is none."""
     if device.type == "cpu" or dtype not in (torch.float16, torch.bfloat16):
         return False
-    return try_one_kernel(device, dtype, n_heads, n_kv_heads, head_dim)
+    return try_one_kernel(device, dtype, n_heads, n_kv_heads, head_dim, windowed)
 
 
 def try_one_kernel(
@@ -251,10 +252,13 @@ def try_one_kernel(
     n_heads: int,
     n_kv_heads: int,
     head_dim: int,
+    windowed: bool,
     n_documents: int = 16,
     length: int = 128,
 ) -> bool:
-    """Return whether one kernel is there, right and faster, forward and backward."""
+    """Return whether one kernel is there, right and faster, forward and backward, and looks back on a window
+    if that is asked of it."""
+    window = length // 2 if windowed else None
     generator, T = torch.Generator().manual_seed(0), n_documents * length
     with torch.inference_mode(False), torch.enable_grad():
         q, k, v = (
@@ -270,7 +274,7 @@ def try_one_kernel(
                 wait_for(device)
                 began = time.perf_counter()
                 for _ in range(rounds):
-                    y = attend_to_documents(q, k, v, documents)
+                    y = attend_to_documents(q, k, v, documents, window=window)
                     found = [y, *torch.autograd.grad(y, inputs, grad)]
                 wait_for(device)
             return time.perf_counter() - began, found

@@ -2,10 +2,10 @@
 
 import inspect
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,30 +118,41 @@ def test_a_run_to_the_same_bits_does_not_choose_by_the_clock(
 
 
 def test_a_cpu_and_float32_have_a_kernel_for_each() -> None:
-    assert not is_one_kernel_better(CPU, torch.bfloat16, *HEADS)
-    assert not is_one_kernel_better(torch.device("cuda"), torch.float32, *HEADS)
+    assert not is_one_kernel_better(CPU, torch.bfloat16, *HEADS, False)
+    assert not is_one_kernel_better(torch.device("cuda"), torch.float32, *HEADS, False)
 
 
+@pytest.mark.parametrize("windowed", [False, True])
 def test_a_kernel_is_used_where_it_is_there_right_and_faster(
-    stand_in: list[Any], monkeypatch: pytest.MonkeyPatch
+    windowed: bool, stand_in: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def tried() -> bool:
-        return try_one_kernel(CPU, torch.float32, *HEADS, n_documents=3, length=5)
+        return try_one_kernel(CPU, torch.float32, *HEADS, windowed, n_documents=3, length=5)
 
-    def slow(function: Callable[..., Tensor], seconds: float) -> Callable[..., Tensor]:
-        def slowly(*args: Any, **kwargs: Any) -> Tensor:
-            time.sleep(seconds)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(attention, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def taking(seconds: float, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def timed(*args: Any, **kwargs: Any) -> Tensor:
+            clock.now += seconds
             return function(*args, **kwargs)
 
-        return slowly
+        return timed
 
     right = varlen.varlen_attn
-    monkeypatch.setattr(attention, "attend", slow(attention.attend, 0.005))
-    assert tried()
-    monkeypatch.setattr(varlen, "varlen_attn", slow(right, 0.03))
+    monkeypatch.setattr(attention, "attend", taking(1, attention.attend))
+    monkeypatch.setattr(varlen, "varlen_attn", taking(4, right))
     assert not tried()  # slower than three
+    monkeypatch.setattr(varlen, "varlen_attn", taking(2, right))
+    assert tried()
     monkeypatch.setattr(varlen, "varlen_attn", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     assert not tried()
+
+    def without_window(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> Tensor:
+        return right(*args, window_size=(-1, 0), **kwargs)
+
+    monkeypatch.setattr(varlen, "varlen_attn", without_window)
+    assert tried() != windowed
 
     def missing(*args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("no kernel image is available for execution on the device")
