@@ -379,6 +379,10 @@ def growth(name: str) -> int:
 
 def print_growths() -> None:
     """Print what each configuration takes, in a process of its own that begins as a copy of this one."""
+    # Some operators load these at their first call: 70 MB of code, which is no part of the plan.
+    import torch._dynamo
+    import torch.distributed.tensor  # noqa: F401
+
     for name in IN_A_PROCESS:
         sys.stdout.flush()
         child = os.fork()
