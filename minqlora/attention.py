@@ -71,13 +71,13 @@ class Documents:
     def of(lengths: Sequence[int], like: Tensor, arch: Architecture) -> "Documents":
         """Return the documents of a batch, to be attended to as is best for the residual stream `like`
         (B, T, D)."""
-        heads = arch.n_heads, arch.n_kv_heads, arch.head_dim
-        windowed = {layer.window is not None for layer in arch.layers}
-        is_special = arch.attention_softcap is not None or arch.attention_dropout > 0
         # What is found by a clock may be found otherwise when a run goes on.
         is_fixed = torch.are_deterministic_algorithms_enabled() or torch.compiler.is_compiling()
+        is_special = arch.attention_softcap is not None or arch.attention_dropout > 0
         if len(lengths) == 1 or is_special or is_fixed:
             return Documents(lengths)
+        heads = arch.n_heads, arch.n_kv_heads, arch.head_dim
+        windowed = {layer.window is not None for layer in arch.layers}
         if not all(is_one_kernel_better(like.device, like.dtype, *heads, some) for some in windowed):
             return Documents(lengths)
         with torch.inference_mode(False):  # autograd could not save what is made there

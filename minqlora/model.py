@@ -189,8 +189,7 @@ class _Recomputed:
     # A block's input, and how to get from there to all that the block's operations have saved, by number.
     def __init__(self, block: "Block", x: Tensor, others: tuple[Any, ...], host: "HostInputs | None"):
         self.block, self.others, self.needs_grad = block, others, x.requires_grad
-        # Without the graph behind it.
-        kept = x.detach()
+        kept = x.detach()  # without the graph behind it
         self.input = (lambda: kept) if host is None else partial(host.fetch, host.keep(kept))
         self.device, self.random = x.device, _random_states(x.device)  # dropout draws the same again
         self.n_saved = 0
@@ -235,11 +234,10 @@ class _Recomputed:
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
-    # Of the generators of the host and of a device.
-    states = [torch.get_rng_state()]
-    return (
-        states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
-    )
+    # Of the generators of the host and of a device that has one of its own.
+    module = torch.get_device_module(device)
+    own = [module.get_rng_state(device)] if hasattr(module, "get_rng_state") else []
+    return [torch.get_rng_state(), *own]
 
 
 def _set_random_states(device: torch.device, states: list[Tensor]) -> None:

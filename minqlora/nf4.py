@@ -315,13 +315,10 @@ class NF4Tensor(Tensor):
                 return (b.mT @ a.mT).mT
             args = (a.contiguous() if isinstance(b, NF4Tensor) and a.dim() > 2 else a, b)
             func = torch.matmul
-        if not torch.compiler.is_compiling():
-            # What is not differentiated need not go through the dispatcher: that takes time, and who is the
-            # first to go there loads torch.distributed.tensor, for 40 MB.
-            if func is torch.matmul and not torch.is_grad_enabled() and args[0].dim() == args[1].dim() == 2:
-                return _mm(*args)
-            if func is Tensor.detach and not torch.is_inference_mode_enabled():
-                return args[0]._rebuild()
+            if a.dim() == b.dim() == 2 and not kwargs and _is_eager() and not torch.is_grad_enabled():
+                return _mm(a, b)
+        if func is Tensor.detach and _is_eager() and not torch.is_inference_mode_enabled():
+            return args[0]._rebuild()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
@@ -377,6 +374,12 @@ class NF4Tensor(Tensor):
         codes, nested_absmax, nested_codebook, offset = self.scales
         nested = self.format.nested_block_size, self.format.nested_first
         return quantize.dequantize_scales(codes, nested_absmax, nested_codebook, offset, *nested)
+
+
+def _is_eager() -> bool:
+    # Then what is not differentiated need not go through the dispatcher. That takes time, and who is the
+    # first to go there loads torch.distributed.tensor, for 40 MB.
+    return not torch.compiler.is_compiling()
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

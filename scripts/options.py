@@ -216,7 +216,7 @@ def _text(value: Any) -> str:
 
 # What other trainers call an option of ours, for whoever comes from there; no spelling is near.
 ELSEWHERE = {
-    theirs: (ours,)
+    theirs: ours
     for ours, names in {
         "model": "base_model checkpoint_dir",
         "dataset": "data data_path data_files train_data train_file datasets",
@@ -250,11 +250,11 @@ def _convert(
     values: dict[str, Any] = {}
     first: dict[str, str] = {}
     for where, name, written in given:
-        option = by_name.get(name.replace("-", "_"))
+        name = name.replace("-", "_")
+        option = by_name.get(name)
         if option is None:
-            name = name.replace("-", "_")
-            near = [ours for ours in ELSEWHERE.get(name, ()) if ours in by_name]
-            near = near or difflib.get_close_matches(name, by_name, n=1)
+            near = difflib.get_close_matches(name, by_name, n=1)
+            near = [ours for ours in (ELSEWHERE.get(name), *near) if ours in by_name]
             hint = f"did you mean {dashes}{near[0]}?" if near else "see --help"
             raise ValueError(f"{where}: there is no such option; {hint}")
         if option.name in first:

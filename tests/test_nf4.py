@@ -1506,3 +1506,12 @@ def test_products_on_a_gpu_are_those_of_the_dense_matrix(name: str):
     tensor = nf4_of(N, K, **SMALL).cuda()
     on_gpu = [randn(*shape, seed=i).cuda() for i, shape in enumerate(shapes)]
     torch.testing.assert_close(f(tensor, *on_gpu), f(tensor.dequantize(), *on_gpu), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_matmul_by_keywords_is_matmul_and_out_is_refused(mode: Any) -> None:
+    w, x, out = nf4_of(64, 64), randn(3, 64), torch.zeros(3, 64)
+    with mode():
+        torch.testing.assert_close(torch.matmul(input=x, other=w), x @ w.dequantize())
+        with pytest.raises(NotImplementedError, match="mm.out"):
+            torch.matmul(x, w, out=out)
