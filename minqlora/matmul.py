@@ -53,8 +53,8 @@ from minqlora.quantize import byte_table, codes_per_byte, dequantize, dequantize
 # Bytes in a tile of decoded weights: about a core's share of the last cache. With what decoding needs,
 # the scratch of a thread stays under 16 MiB, whatever the matrix.
 TILE = 2**23
-TOKENS = 256  # rows of X or dY in a product
-ROWS = (TOKENS, TOKENS // 4)  # the numbers of rows that oneDNN is given
+TOKENS = 256  # rows of X or dY in a product of 16 bits that is added to others
+ROWS = (1024, 512, 256, 64)  # the numbers of rows that oneDNN is given
 WINDOW = 2**18  # scales decoded at a time: 1 MiB of float32
 
 # Rows of the weight, and the same rows decoded: (rows, K) in the compute dtype.
@@ -438,38 +438,46 @@ def wait_for(device: torch.device) -> None:
 # ---- the two products, for any tiles -----------------------------------------------------------------------
 
 
-def product(x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> None:
-    """Write x @ weight.T to `out`, or add it: (T, K) @ (K, N) -> (T, N), of any strides.
+def product(x: Tensor, weight: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """Return x @ weight.T: (T, K) @ (K, N) -> (T, N); or write it to `out`, of any strides, or add it.
 
     Float32 on a CPU goes to oneDNN, which is a tenth faster than what PyTorch calls for `mm`, for a few rows
     by more.
     """
+    is_float32 = x.dtype == torch.float32 and x.device.type == "cpu"
+    numbers = numbers_of_rows(len(x)) if is_float32 and _has_onednn() else []
+    if out is None:
+        if len(numbers) == 1 and numbers[0] >= len(x):
+            return _by_onednn(x, weight, numbers[0])
+        out = x.new_empty(len(x), len(weight))
     done = 0
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn():
-        for size in numbers_of_rows(len(x)):
-            some = x[done : done + size]
-            filled = some if len(some) == size else F.pad(some, (0, 0, 0, size - len(some)))
-            y = torch.ops.mkldnn._linear_pointwise(filled, weight, None, "none", [], "")[: len(some)]
-            y_out = out[done : done + size]
-            y_out.add_(y) if add else y_out.copy_(y)
-            done += len(some)
-    if done == len(x):
-        return
+    for number in numbers:
+        y = _by_onednn(x[done : done + number], weight, number)
+        y_out = out[done : done + number]
+        y_out.add_(y) if add else y_out.copy_(y)
+        done += len(y)
     if add:
         out[done:].addmm_(x[done:], weight.T)
-    else:
+    elif done < len(x):
         torch.mm(x[done:], weight.T, out=out[done:])
+    return out
+
+
+def _by_onednn(x: Tensor, weight: Tensor, number: int) -> Tensor:
+    # As rows of a product of `number` rows.
+    filled = x if len(x) == number else F.pad(x, (0, 0, 0, number - len(x)))
+    return torch.ops.mkldnn._linear_pointwise(filled, weight, None, "none", [], "")[: len(x)]
 
 
 def numbers_of_rows(n: int) -> list[int]:
     """Return the numbers of rows that oneDNN is given one after the other for n of them.
 
     It prepares itself for each new number, which takes time and memory that is kept. So it gets the same few
-    always: where up to an eighth is missing, rows of zeros fill up. What is left is `mm`'s.
+    always: where up to 32 rows are missing, an eighth at most, rows of zeros fill up. What is left is `mm`'s.
     """
     numbers = []
     for size in ROWS:
-        while n >= size * 7 // 8:
+        while n >= size - min(size // 8, 32):
             numbers.append(size)
             n -= size
     return numbers
@@ -484,15 +492,19 @@ def _has_onednn() -> bool:
 def _multiply(x: Tensor, n_rows: int, tiles: Tiles) -> Tensor:
     # Logits, say, are more than an allocator keeps: then on huge pages.
     is_large = len(x) * n_rows * x.itemsize > 2**25
-    y = empty((len(x), n_rows), x.dtype, x.device) if is_large else x.new_empty(len(x), n_rows)  # (T, N)
+    y = None
     for rows, tile in tiles:
+        if len(tile) == n_rows and not is_large and not _is_single(x):  # the whole weight
+            return product(x, tile)
+        if y is None:
+            y = empty((len(x), n_rows), x.dtype, x.device) if is_large else x.new_empty(len(x), n_rows)
         if _is_single(x):
             # A core multiplies the rows that it has decoded. In mm cores read one another's, and where they
             # share no cache that takes three times as long as all the rest.
             torch.sum(tile.mul_(x), dim=1, out=y[0, rows])  # (rows, K) -> (rows,)
         else:
             product(x, tile, out=y[:, rows])  # (T, K) @ (K, rows) -> (T, rows)
-    return y
+    return x.new_empty(len(x), n_rows) if y is None else y
 
 
 def _is_single(x: Tensor) -> bool:
@@ -512,9 +524,7 @@ def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor
     grad_x = None
     for rows, tile in tiles:
         if len(tile) == n_rows:  # the whole weight: nothing to sum
-            grad_x = grad_y.new_empty(n_tokens, n_columns)
-            product(grad_y, tile.T, out=grad_x)  # (T, N) @ (N, K) -> (T, K)
-            return grad_x
+            return product(grad_y, tile.T)  # (T, N) @ (N, K) -> (T, K)
         if grad_x is None:
             # In float32, because rounding the sum to 16 bits at every tile would triple the error.
             dtype = torch.float32 if narrow else grad_y.dtype

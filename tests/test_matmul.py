@@ -16,11 +16,14 @@ from minqlora import matmul
 from minqlora import quantize as quantization
 from minqlora.codebook import QUANT_TYPES, dynamic_map, levels
 from minqlora.matmul import (
+    ROWS,
     cast_linear,
     cast_linear_backward,
     nf4_dequantize,
     nf4_linear,
     nf4_linear_backward,
+    numbers_of_rows,
+    product,
 )
 from minqlora.quantize import codes_per_byte, dequantize_scales, quantize, quantize_scales
 
@@ -282,6 +285,28 @@ def test_product_and_gradient_are_those_of_the_decoded_matrix(shape, double_quan
     # In float64, where tiles differ from the whole by the order of sums only: a hundred terms of some 1e-16.
     torch.testing.assert_close(y, x @ w.T, rtol=0, atol=1e-12)
     torch.testing.assert_close(grad_x, grad_y @ w, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("n", [0, 1, 56, 63, 224, 300, 479, 480, 512, 991, 992, 1024, 1100, 2100])
+def test_product_of_any_number_of_rows(n: int, is_transposed: bool):
+    weight = torch.randn(48, 40) if not is_transposed else torch.randn(40, 48).T
+    x, base = torch.randn(n, 40), torch.randn(n, 96)
+    expected = (x.double() @ weight.double().T).float()
+    torch.testing.assert_close(product(x, weight), expected, rtol=1e-5, atol=1e-5)
+    out = base.clone()
+    product(x, weight, out=out[:, ::2])
+    torch.testing.assert_close(out[:, ::2], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(out[:, 1::2], base[:, 1::2])
+    product(x, weight, out=out[:, 1::2], add=True)
+    torch.testing.assert_close(out[:, 1::2], expected + base[:, 1::2], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_are_filled_up_where_few_are_missing():
+    for n in range(1, 3000):
+        numbers = numbers_of_rows(n)
+        assert -32 <= n - sum(numbers) < 56
+        assert all(number in ROWS for number in numbers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
