@@ -46,7 +46,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minqlora.quantize import byte_table, codes_per_byte, dequantize, dequantize_scales, empty, scratch
 
@@ -78,7 +79,7 @@ def nf4_linear(
     of the first nested block come before these (of a part of a larger weight). Returns (..., N) in x's dtype.
     """
     sizes = (*shape, block_size, nested_block_size, nested_first)
-    forward = _nf4_forward_now if _is_plain(x) else _nf4_forward
+    forward = EagerNF4Linear.apply if _is_eager(x) else _nf4_forward
     y = forward(x.reshape(-1, x.shape[-1]), packed, scales, codebook, *sizes)
     return y.view(*x.shape[:-1], shape[0])
 
@@ -100,10 +101,17 @@ def nf4_linear_backward(
     return backward(grad_y, packed, scales, codebook, *sizes)
 
 
-def _is_plain(x: Tensor) -> bool:
-    # Nobody differentiates or compiles what follows: the way through an operator would only cost time, and
-    # the first to take it loads the compiler, for 30 MB.
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(x) is Tensor
+def _is_eager(x: Tensor) -> bool:
+    # Nobody compiles or traces what follows: the way through an operator would only cost time, and the first
+    # to take it loads the compiler, for 30 MB.
+    is_ordinary = type(x) in (Tensor, nn.Parameter) and x.device.type != "meta"
+    return is_ordinary and not torch.compiler.is_compiling()
+
+
+def _is_plain(grad: Tensor) -> bool:
+    # Nor is it differentiated: what these operators have no formula for, and plain operations on tiles that
+    # the next one overwrites would have a wrong one.
+    return _is_eager(grad) and not torch.is_grad_enabled()
 
 
 def cast_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -113,7 +121,7 @@ def cast_linear(x: Tensor, weight: Tensor) -> Tensor:
     """
     if weight.dtype == x.dtype or weight.requires_grad:
         return F.linear(x, weight.to(x.dtype))
-    forward = _cast_forward_now if _is_plain(x) else _cast_forward
+    forward = EagerCastLinear.apply if _is_eager(x) else _cast_forward
     y = forward(x.reshape(-1, x.shape[-1]), weight)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -142,7 +150,8 @@ def nf4_dequantize(
     """Return the decoded weight (N, K) in `dtype`, or write it to `out` (N, K), any floating dtype."""
     sizes = (*shape, block_size, nested_block_size, nested_first)
     if out is None:
-        return _nf4_decoded(packed, scales, codebook, *sizes, dtype)
+        decode = _nf4_decoded_now if _is_eager(packed) else _nf4_decoded
+        return decode(packed, scales, codebook, *sizes, dtype)
     _decode_into(out, packed, scales, codebook, sizes)
     return out
 
@@ -577,8 +586,7 @@ def _nf4_backward_now(
     return _multiply_transposed(grad_y, n_columns, _nf4_tiles(packed, scales, codebook, *sizes, grad_y.dtype))
 
 
-@torch.library.custom_op("minqlora::nf4_dequantize", mutates_args=())
-def _nf4_decoded(
+def _nf4_decoded_now(
     packed: Tensor,
     scales: list[Tensor],
     codebook: Tensor,
@@ -606,6 +614,7 @@ def _cast_backward_now(grad_y: Tensor, weight: Tensor) -> Tensor:
     return _multiply_transposed(grad_y, weight.shape[1], _cast_tiles(weight, grad_y.dtype))
 
 
+_nf4_decoded = torch.library.custom_op("minqlora::nf4_dequantize", _nf4_decoded_now, mutates_args=())
 _nf4_forward = torch.library.custom_op("minqlora::nf4_linear", _nf4_forward_now, mutates_args=())
 _nf4_backward = torch.library.custom_op("minqlora::nf4_linear_backward", _nf4_backward_now, mutates_args=())
 _cast_forward = torch.library.custom_op("minqlora::cast_linear", _cast_forward_now, mutates_args=())
@@ -632,7 +641,8 @@ def _save_nf4(ctx, inputs, output) -> None:
 
 def _differentiate_nf4(ctx, grad_y):
     packed, codebook, *scales = ctx.saved_tensors
-    grad_x = _nf4_backward(grad_y.contiguous(), packed, scales, codebook, *ctx.sizes)
+    backward = _nf4_backward_now if _is_plain(grad_y) else _nf4_backward
+    grad_x = backward(grad_y.contiguous(), packed, scales, codebook, *ctx.sizes)
     return grad_x, None, [None] * len(scales), *[None] * 6
 
 
@@ -641,8 +651,35 @@ def _save_cast(ctx, inputs, output) -> None:
 
 
 def _differentiate_cast(ctx, grad_y):
-    return _cast_backward(grad_y.contiguous(), *ctx.saved_tensors), None
+    backward = _cast_backward_now if _is_plain(grad_y) else _cast_backward
+    return backward(grad_y.contiguous(), *ctx.saved_tensors), None
 
 
 _nf4_forward.register_autograd(_differentiate_nf4, setup_context=_save_nf4)
 _cast_forward.register_autograd(_differentiate_cast, setup_context=_save_cast)
+
+
+class EagerNF4Linear(torch.autograd.Function):
+    """The operator nf4_linear where nothing is compiled."""
+
+    forward = staticmethod(_nf4_forward_now)
+    setup_context = staticmethod(_save_nf4)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of x."""
+        return _differentiate_nf4(ctx, grad_y)[0], *[None] * 8  # an operator's list counts one by one
+
+
+class EagerCastLinear(torch.autograd.Function):
+    """The operator cast_linear where nothing is compiled."""
+
+    forward = staticmethod(_cast_forward_now)
+    setup_context = staticmethod(_save_cast)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of x."""
+        return _differentiate_cast(ctx, grad_y)

@@ -416,7 +416,8 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     if a.device != b.device:
         raise ValueError(f"operands are on {a.device} and {b.device}")
     product = matmul.nf4_linear if b.format.view == "transposed" else matmul.nf4_linear_backward
-    return product(a.contiguous(), b.packed, b.scales, b.codebook, *b.format.sizes)
+    with torch.no_grad():  # autograd is above
+        return product(a.contiguous(), b.packed, b.scales, b.codebook, *b.format.sizes)
 
 
 def _addmm(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

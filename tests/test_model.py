@@ -348,14 +348,17 @@ def test_recomputing_leaves_the_random_state_alone_and_can_be_done_twice(tiny_mo
     assert any(gradient.any() for gradient in once)
 
 
-def test_a_training_step_on_a_cpu_loads_no_compiler_and_nothing_distributed(tiny_model: Path) -> None:
+@pytest.mark.parametrize("lora", ["", "use_dora=True", "target_modules=['q_proj']"])
+def test_a_training_step_on_a_cpu_loads_no_compiler_and_nothing_distributed(
+    lora: str, tiny_model: Path
+) -> None:
     # Together they take 70 MB and more than a second.
     program = f"""
 import sys, torch
 from minqlora import PagedAdamW, add_lora, load_model
 from minqlora.loss import supervised_loss
 model = load_model({str(tiny_model)!r}, dtype=torch.float32)
-add_lora(model, r=4)
+add_lora(model, r=4, {lora})
 model.train().model.gradient_checkpointing = True
 optimizer = PagedAdamW([p for p in model.parameters() if p.requires_grad])
 ids = torch.arange(9)[None]
