@@ -25,7 +25,8 @@ bfloat16 say: there "decoding" is a cast, tile by tile, and the head never exist
 Why custom operators. Written in plain operations under `torch.compile`, forward and backward would be traced
 together, the two decodings recognised as one, and the *decoded* weight saved in between: 14 GB for an 8B
 model, QLoRA undone without a word. An operator is opaque to that, and forward and backward are two different
-ones so that neither stands in for the other.
+ones so that neither stands in for the other. Where nothing is compiled the same two functions are an
+ordinary autograd function, and the compiler is not even loaded.
 
 Shapes and dtypes: X (..., K) and Y (..., N) in the compute dtype, which is also that of the decoded tile; the
 rest as in Chapter 3. Cost: 2 T N K FLOPs each way, as for any linear; for decoding, one look-up for two
