@@ -466,7 +466,7 @@ def product(x: Tensor, weight: Tensor, out: Tensor | None = None, add: bool = Fa
         y_out = out[done : done + number]
         y_out.add_(y) if add else y_out.copy_(y)
         done += len(y)
-    if add:
+    if done < len(x) and add:
         out[done:].addmm_(x[done:], weight.T)
     elif done < len(x):
         torch.mm(x[done:], weight.T, out=out[done:])
@@ -642,8 +642,9 @@ def _save_nf4(ctx, inputs, output) -> None:
 
 def _differentiate_nf4(ctx, grad_y):
     packed, codebook, *scales = ctx.saved_tensors
-    backward = _nf4_backward_now if _is_plain(grad_y) else _nf4_backward
-    grad_x = backward(grad_y.contiguous(), packed, scales, codebook, *ctx.sizes)
+    n_rows, n_columns, *sizes = ctx.sizes
+    shape = n_rows, n_columns
+    grad_x = nf4_linear_backward(grad_y.contiguous(), packed, scales, codebook, shape, *sizes)
     return grad_x, None, [None] * len(scales), *[None] * 6
 
 
@@ -652,8 +653,7 @@ def _save_cast(ctx, inputs, output) -> None:
 
 
 def _differentiate_cast(ctx, grad_y):
-    backward = _cast_backward_now if _is_plain(grad_y) else _cast_backward
-    return backward(grad_y.contiguous(), *ctx.saved_tensors), None
+    return cast_linear_backward(grad_y.contiguous(), *ctx.saved_tensors), None
 
 
 _nf4_forward.register_autograd(_differentiate_nf4, setup_context=_save_nf4)

@@ -54,7 +54,7 @@ from minqlora.architecture import Architecture, Layer
 from minqlora.checkpoint import Quantization, quantized_bytes
 from minqlora.lora import LoRAConfig, LoRALinear, adapters, attach
 from minqlora.loss import CHUNK
-from minqlora.matmul import TILE, TOKENS, WINDOW, numbers_of_rows
+from minqlora.matmul import TILE, WINDOW, numbers_of_rows
 from minqlora.model import CausalLM
 from minqlora.optim import BLOCK_SIZE, HEADROOM, NARROW_FROM
 from minqlora.quantize import CHUNK as QUANTIZED_AT_A_TIME
@@ -391,7 +391,7 @@ def logits_bytes(model: CausalLM, setup: Setup) -> int:
         logits += arch.vocab_size * arch.hidden_size * 4
     if setup.device == "cpu" and setup.dtype == torch.float32 != setup.stored_dtype:
         rows = min(TILE // (4 * arch.hidden_size), arch.vocab_size)
-        logits += min(TOKENS, setup.tokens) * rows * 4  # what a tile of the head makes before it is in place
+        logits += min(CHUNK, setup.tokens) * rows * 4  # what a tile of the head makes before it is in place
     return logits + 3 * setup.tokens * arch.hidden_size * setup.dtype.itemsize
 
 
