@@ -49,7 +49,7 @@ from torch import Tensor
 
 from minqlora.architecture import Architecture, Rotary
 from minqlora.lora import made_by
-from minqlora.matmul import wait_for
+from minqlora.matmul import returned, wait_for
 
 # cos and sin of every position's angles, (T, Rd) each or (B, 1, T, Rd), for each rotary of the model; Rd
 # numbers of a head are turned.
@@ -383,7 +383,7 @@ class Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Return x turned."""
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return returned(_turn(x, cos, sin))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

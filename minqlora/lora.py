@@ -68,7 +68,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from minqlora.matmul import cast_linear
+from minqlora.matmul import cast_linear, returned
 from minqlora.nf4 import NF4Tensor
 
 # Initialisations. The residual ones take out of the base what the adapter starts with.
@@ -315,7 +315,7 @@ class AdaptedProduct(torch.autograd.Function):
         saved = sources if make is not None else (x if z is None else z,)
         ctx.save_for_backward(weight, A, B, a, *saved)
         ctx.make, ctx.scaling, ctx.is_shared = make, scaling, z is None
-        return y
+        return returned(y)
 
     @staticmethod
     @once_differentiable

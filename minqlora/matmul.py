@@ -40,6 +40,7 @@ Paper: "QLoRA Finetuning", the equation with doubleDequant.
 Before: quantize. Next: nf4.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -242,7 +243,9 @@ def _cast_tiles(weight: Tensor, dtype: torch.dtype) -> Tiles:
 # other scales than bitsandbytes'. The name says casts; Inductor turns fusion off in Triton by it, too.
 # Indices are checked by nobody: they are those of bytes in tables of 256.
 EXACT: dict[str, Any] = {"emulate_precision_casts": True, "assert_indirect_indexing": False}
-LOOK_UPS = ("pairs", "tree")
+# A code's level is read from a table of 16, with another's from one of 256 pairs, or chosen in 15 steps.
+LOOK_UPS = ("gather", "pairs", "tree")
+_INTEGERS = {16: torch.int16, 32: torch.int32}  # as wide as the numbers that they hold the bits of
 
 
 def decode_fused(
@@ -275,19 +278,24 @@ def multiply_fused(
     nested_block_size: int,
     nested_first: int,
 ) -> Tensor:
-    """Return x @ W.T for one token, (1, K) -> (1, N), by one compiled kernel that writes N numbers only.
+    """Return x @ W.T for one token, (1, K) -> (1, N), by two compiled kernels, neither of which writes a
+    weight: one leaves up to 32 sums of each row, one adds them up.
 
-    K must be even, and two codes stand in a byte. The weights are not rounded to the dtype of x on the way,
-    and sums are taken in float32.
+    K and the block size must be multiples of 8, and two codes stand in a byte. The weights are not rounded to
+    the dtype of x, and sums are taken in float32.
     """
     look_up = _look_up_for(codebook)
-    multiply = compiled_multiply(block_size, nested_block_size, look_up)
+    shape = 2 * len(packed) // x.shape[1], x.shape[1]
+    multiply = compiled_multiply(shape, block_size, nested_block_size, nested_first, x.dtype, look_up)
+    if x.storage_offset() * x.itemsize % 8:  # it is read eight bytes at a time
+        x = x.clone()
+    eights, words = x[0].view(torch.int64), packed.view(torch.int32)
     with torch.no_grad():
-        return multiply(x[0], packed, scales, levels_for(look_up, codebook), nested_first)[None]
+        return multiply(eights, words, scales, levels_for(look_up, codebook))[None]
 
 
 def _look_up_for(codebook: Tensor) -> str:
-    # A tree is grown for 16 levels.
+    # Of other widths than 4 bits, whole bytes are looked up.
     return fastest_look_up(codebook.device) or "pairs" if len(codebook) == 16 else "pairs"
 
 
@@ -304,9 +312,9 @@ def compiled_decode(block_size: int, nested_block_size: int, dtype: torch.dtype,
     """
 
     def decode(packed: Tensor, scales: list[Tensor], levels: Tensor, nested_first: int) -> Tensor:
-        numbers = _numbers(packed, levels)
+        numbers = _numbers(packed, levels, look_up)
         sizes = block_size // len(numbers), nested_block_size, nested_first
-        absmax = _scales_of_bytes(len(packed), scales, *sizes)
+        absmax = _scales_of(len(packed), scales, *sizes)
         numbers = [(number * absmax).to(dtype) for number in numbers]
         return numbers[0] if len(numbers) == 1 else _joined(*numbers)
 
@@ -314,59 +322,72 @@ def compiled_decode(block_size: int, nested_block_size: int, dtype: torch.dtype,
 
 
 @cache
-def compiled_multiply(block_size: int, nested_block_size: int, look_up: str):
-    """Return a compiled function from (x, packed, scales, levels, nested_first) to x @ W.T, (K,) -> (N,)."""
+def compiled_multiply(
+    shape: tuple[int, int],
+    block_size: int,
+    nested_block_size: int,
+    nested_first: int,
+    dtype: torch.dtype,
+    look_up: str,
+):
+    """Return a compiled function from (eights, words, scales, levels) to x @ W.T, (N,) in `dtype`, for a W of
+    shape (N, K).
 
-    def multiply(
-        x: Tensor, packed: Tensor, scales: list[Tensor], levels: Tensor, nested_first: int
-    ) -> Tensor:
-        """Return x @ W.T."""
-        pairs = x.float().view(-1, 2)  # (K / 2, 2)
-        absmax = _scales_of_bytes(len(packed), scales, block_size // 2, nested_block_size, nested_first)
-        first, second = _numbers(packed, levels)
-        rows = [part.view(-1, len(pairs)) for part in (first, second, absmax)]  # (N, K / 2) each
-        products = (rows[0] * pairs[:, 0] + rows[1] * pairs[:, 1]) * rows[2]
-        return products.sum(dim=1).to(x.dtype)
+    eights: the bytes of x (K,) as int64; words: the packed weight as int32, (N K / 8,); levels: of
+    `levels_for`.
 
-    # How many rows and columns a thread block takes is found by trying.
-    return _compiled(multiply, {"coordinate_descent_tuning": True, "assert_indirect_indexing": False})
+    A thread takes a word, not a byte: eight weights share a scale and the work of finding it, and what they
+    are multiplied by is read in eight bytes at a time. It goes down its column of a row's words, which stand
+    beside one another as the threads do, so that everything a thread knows is laid out alike and nothing is
+    exchanged until the columns are summed. It is compiled for each shape of weight, of which a model has few.
+    """
+    width = math.gcd(shape[1] // 8, 32)  # the threads beside one another
+
+    def multiply(eights: Tensor, words: Tensor, scales: list[Tensor], levels: Tensor) -> Tensor:
+        absmax = _scales_of(len(words), scales, block_size // 8, nested_block_size, nested_first)
+        words, absmax = (of_words.view(shape[0], -1, width) for of_words in (words, absmax))
+        eights = eights.view(-1, width, dtype.itemsize)  # by the word that they meet
+        numbers = [number for some in eights.unbind(-1) for number in _apart(some, dtype)]
+        products = torch.zeros_like(absmax)
+        for i in range(4):
+            first, second = _numbers((words >> (8 * i)) & 255, levels, look_up)
+            products = products + first * numbers[2 * i] + second * numbers[2 * i + 1]
+        return (products * absmax).sum(dim=1).sum(dim=1).to(dtype)
+
+    # Sums of few numbers too are left to be sums: unrolled, what they are of would be written first.
+    options = {"assert_indirect_indexing": False, "unroll_reductions_threshold": 1}
+    return _compiled(multiply, options, dynamic=False)
 
 
-def _compiled(function: Any, options: dict[str, Any]):
+def _compiled(function: Any, options: dict[str, Any], dynamic: bool | None = None):
     # With a code object of its own: by that torch.compile counts, of all functions made of the same lines.
     function.__code__ = function.__code__.replace()
-    return torch.compile(function, options=options)
+    return torch.compile(function, options=options, dynamic=dynamic)
 
 
 def levels_for(look_up: str, codebook: Tensor) -> Tensor:
-    """Return the levels as a look-up wants them: the codebook (16,) for a tree of choices; else of each byte,
-    (256,), two in an int64, or one in float32."""
-    if look_up == "tree":
+    """Return the levels as a look-up wants them: for "pairs" of each byte, (256,), two in an int64 or one in
+    float32; for the others the codebook, (16,)."""
+    if look_up != "pairs":
         return codebook
     table = byte_table(codebook)
     return (table if table.shape[1] == 1 else table.view(torch.int64)).view(-1)
 
 
-def _numbers(packed: Tensor, levels: Tensor) -> list[Tensor]:
-    # -> the levels of the first, and of two the second, code of each byte: float32 (n_bytes,) each.
-    if levels.shape[0] == 16:
-        return [_select(levels, packed >> 4), _select(levels, packed & 15)]
-    found = levels[packed.int()]
-    if levels.dtype == torch.float32:
-        return [found]
-    return [found.to(torch.int32).view(torch.float32), (found >> 32).to(torch.int32).view(torch.float32)]
+def _numbers(byte: Tensor, levels: Tensor, look_up: str) -> list[Tensor]:
+    # -> the levels of the first, and of two the second, code of each byte: float32, in the shape of `byte`.
+    if look_up == "pairs":
+        found = levels[byte.int()]
+        return [found] if found.dtype == torch.float32 else _apart(found, torch.float32)
+    codes = byte >> 4, byte & 15
+    return [levels[code.int()] if look_up == "gather" else _select(levels, code) for code in codes]
 
 
-def _scales_of_bytes(
-    n_bytes: int,
-    scales: list[Tensor],
-    block_bytes: int,
-    nested_block_size: int,
-    nested_first: int,
+def _scales_of(
+    n: int, scales: list[Tensor], per_block: int, nested_block_size: int, nested_first: int
 ) -> Tensor:
-    # -> the scale of each byte's numbers, float32 (n_bytes,).
-    device = scales[0].device
-    block = torch.arange(n_bytes, device=device) // block_bytes
+    # -> the scale of each of n bytes or words, of which a block has so many: float32 (n,).
+    block = torch.arange(n, device=scales[0].device) // per_block
     if len(scales) == 1:
         return scales[0][block]
     codes, nested_absmax, nested_codebook, offset = scales
@@ -390,9 +411,16 @@ def _select(levels: Tensor, code: Tensor) -> Tensor:
 def _joined(first: Tensor, second: Tensor) -> Tensor:
     # Two numbers as one integer of their width together, the first at the lower address.
     bits = 8 * first.dtype.itemsize
-    narrow, wide = {16: (torch.int16, torch.int32), 32: (torch.int32, torch.int64)}[bits]
-    low, high = first.view(narrow).to(wide), second.view(narrow).to(wide)
+    wide = {16: torch.int32, 32: torch.int64}[bits]
+    low, high = (number.view(_INTEGERS[bits]).to(wide) for number in (first, second))
     return (low & (2**bits - 1)) | (high << bits)
+
+
+def _apart(eights: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    # The numbers of which an int64 holds two or four, from the lowest address up: float32.
+    bits = 8 * dtype.itemsize
+    parts = [(eights >> shift).to(_INTEGERS[bits]) for shift in range(0, 64, bits)]
+    return [part.view(dtype).float() for part in parts]
 
 
 @cache
@@ -400,7 +428,8 @@ def fastest_look_up(device: torch.device) -> str | None:
     """Return the one of LOOK_UPS that decodes fastest on a device: measured once, at first use. None if none
     can be compiled for it; then plain operations decode, tile by tile, as on a CPU.
 
-    Which one it is depends on what a device does better: reading from near memory, or choosing.
+    Which one it is depends on what a device does better: reading from near memory, where the small table is
+    one line of the cache and the large one sixteen, or choosing.
     """
     if device.type == "cpu":
         return LOOK_UPS[0]
@@ -437,6 +466,15 @@ def time_look_ups(device: torch.device, n: int = 2**24) -> dict[str, float]:
             wait_for(device)
             times[look_up] = time.perf_counter() - began
     return times
+
+
+def returned(y: Tensor) -> Tensor:
+    """Return y, as the forward of an autograd function has to that changed it in place or cast it for nothing.
+
+    Compiled by torch 2.11, such a result has gradients of zero, without a word; a view of it has the right
+    ones. To eager mode it is y itself.
+    """
+    return y.view_as(y) if torch.compiler.is_compiling() else y
 
 
 def wait_for(device: torch.device) -> None:
@@ -522,10 +560,10 @@ def _is_single(x: Tensor) -> bool:
     return len(x) == 1 and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def _is_one_kernel(device: torch.device, codebook: Tensor, n_columns: int) -> bool:
-    # An accelerator with a compiler; two codes a byte, and no byte in two rows.
-    is_read_by_rows = codes_per_byte(codebook) == 2 and n_columns % 2 == 0
-    return device.type != "cpu" and is_read_by_rows and fastest_look_up(device) is not None
+def _is_read_by_words(device: torch.device, codebook: Tensor, n_columns: int, block_size: int) -> bool:
+    # By an accelerator with a compiler: eight codes of a row and of a block are a word.
+    is_whole = codes_per_byte(codebook) == 2 and n_columns % 8 == block_size % 8 == 0
+    return device.type != "cpu" and is_whole and fastest_look_up(device) is not None
 
 
 def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
@@ -565,7 +603,7 @@ def _nf4_forward_now(
     nested_block_size: int,
     nested_first: int,
 ) -> Tensor:
-    if len(x) == 1 and x.itemsize <= 4 and _is_one_kernel(x.device, codebook, n_columns):
+    if len(x) == 1 and x.itemsize <= 4 and _is_read_by_words(x.device, codebook, n_columns, block_size):
         return multiply_fused(x, packed, scales, codebook, block_size, nested_block_size, nested_first)
     sizes = (n_rows, n_columns, block_size, nested_block_size, nested_first)
     tile = TILE // 2 if _is_single(x) else TILE  # decoded in one run, by the cores that will read it

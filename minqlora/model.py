@@ -59,7 +59,7 @@ from minqlora.attention import (
     softcap,
 )
 from minqlora.lora import LoRALinear, made_by
-from minqlora.matmul import cast_linear
+from minqlora.matmul import cast_linear, returned
 
 
 class CausalLM(nn.Module):
@@ -557,7 +557,7 @@ class GatedProduct(torch.autograd.Function):
         """Return act(gate) * up; activation: "silu" or "gelu_tanh"."""
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
-        return gated_product(gate, up, activation)
+        return returned(gated_product(gate, up, activation))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -615,7 +615,7 @@ class Normalize(torch.autograd.Function):
         y = (x32 * reciprocal_rms).to(dtype)
         ctx.save_for_backward(y, reciprocal_rms)
         ctx.dtype = x.dtype
-        return y
+        return returned(y)
 
     @staticmethod
     @once_differentiable

@@ -191,7 +191,7 @@ def test_expression_for_accelerators_may_begin_within_a_nested_block(nested_firs
         assert torch.equal(fused(parts, torch.float32), decoded(parts))
 
 
-@pytest.mark.parametrize("shape", [(10, 12), (3, 128), (9, 100)])
+@pytest.mark.parametrize("shape", [(10, 24), (3, 512), (9, 104)])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_expression_for_one_token_is_the_product_with_the_decoded_matrix(shape, double_quant, look_up):
     packed, scales, codebook, _, *sizes = parts = pack(shape, double_quant=double_quant)
@@ -212,9 +212,9 @@ def test_a_cpu_does_not_measure_how_to_look_up(monkeypatch):
 @pytest.mark.parametrize(
     ("broken", "left"),
     [
-        ({}, {"pairs", "tree"}),
-        ({"pairs": lambda *_: (_ for _ in ()).throw(RuntimeError("no backend"))}, {"tree"}),
-        ({"tree": lambda packed, *_: torch.zeros(len(packed), dtype=torch.int32)}, {"pairs"}),
+        ({}, {"gather", "pairs", "tree"}),
+        ({"pairs": lambda *_: (_ for _ in ()).throw(RuntimeError("no backend"))}, {"gather", "tree"}),
+        ({"tree": lambda packed, *_: torch.zeros(len(packed), dtype=torch.int32)}, {"gather", "pairs"}),
     ],
 )
 def test_a_look_up_that_does_not_compile_or_errs_is_left_out(broken: dict, left: set[str], monkeypatch):
@@ -237,26 +237,29 @@ def test_compiled_decoding_gives_the_bits_of_eager_and_two_graphs_serve_all_size
 
 
 @inductor
-def test_compiled_decoding_is_one_kernel():
+@pytest.mark.parametrize("look_up", matmul.LOOK_UPS)
+def test_compiled_decoding_is_one_kernel(look_up: str):
     matmul.compiled_decode.cache_clear()
     torch._dynamo.reset()
     packed, scales, codebook, *_ = pack((96, 128))
-    decode = matmul.compiled_decode(64, 4, torch.bfloat16, "pairs")
+    decode = matmul.compiled_decode(64, 4, torch.bfloat16, look_up)
     with fresh_cache():
-        _, (code,) = run_and_get_code(decode, packed, scales, matmul.levels_for("pairs", codebook), 0)
+        _, (code,) = run_and_get_code(decode, packed, scales, matmul.levels_for(look_up, codebook), 0)
     assert code.count("async_compile.cpp_pybinding(") == 1
 
 
 @inductor
-def test_compiled_product_of_one_token_writes_no_decoded_weight():
-    packed, scales, codebook, shape, *_ = parts = pack((96, 128))
-    multiply, x = matmul.compiled_multiply(64, 4, "pairs"), randn(1, 128)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_compiled_product_of_one_token_writes_no_decoded_weight(dtype: torch.dtype, look_up: str):
+    packed, scales, codebook, *_ = parts = pack((12, 4096))
+    frame = randn(1, 4097).to(dtype)  # x begins where no eight bytes do
     with fresh_cache():
-        y, (code,) = run_and_get_code(multiply, x[0], packed, scales, matmul.levels_for("pairs", codebook), 0)
-    torch.testing.assert_close(y[None], x @ decoded(parts).T, rtol=0, atol=1e-4)
+        y, (code,) = run_and_get_code(matmul.multiply_fused, frame[:, 1:], packed, scales, codebook, 64, 4, 0)
+    expected = frame[:, 1:].float() @ decoded(parts).T
+    torch.testing.assert_close(y, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-3)
     buffers = re.findall(r"empty_strided_cpu\(\(([^)]*)\)", code)
     sizes = [math.prod(int(size) for size in re.findall(r"\d+", buffer)) for buffer in buffers]
-    assert sizes and max(sizes) == 96
+    assert sizes and max(sizes) <= 12 * 4096 / 8  # of a word's weights, their sum at most
 
 
 def test_worked_example_of_the_docstring():
