@@ -469,7 +469,7 @@ def time_look_ups(device: torch.device, n: int = 2**24) -> dict[str, float]:
 
 
 def returned(y: Tensor) -> Tensor:
-    """Return y, as the forward of an autograd function has to that changed it in place or cast it for nothing.
+    """Return y as the forward of an autograd function has to which changed or only passed it on.
 
     Compiled by torch 2.11, such a result has gradients of zero, without a word; a view of it has the right
     ones. To eager mode it is y itself.
