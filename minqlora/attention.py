@@ -39,6 +39,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -229,8 +230,9 @@ def _attend_at_once(
     flat_q, flat_k, flat_v = (rearrange(tensor, "B H T Hd -> (B T) H Hd") for tensor in (q, k, v))
     seen = (-1 if window is None else window - 1, 0)  # before the query and behind it; -1: all
     how: dict[str, Any] = dict(scale=scale, window_size=seen)
-    if q.shape[1] != k.shape[1]:
-        how["enable_gqa"] = True  # which not every release knows
+    # Earlier releases share keys and values among queries without being told to.
+    if q.shape[1] != k.shape[1] and "enable_gqa" in signature(varlen.varlen_attn).parameters:
+        how["enable_gqa"] = True
     y: Any = varlen.varlen_attn(flat_q, flat_k, flat_v, ends, ends, longest, longest, **how)
     return rearrange(y, "(B T) H Hd -> B T (H Hd)", B=q.shape[0])
 

@@ -8,7 +8,8 @@ in *pinned* host memory, which the GPU's copy engine can reach by itself, and vi
     compute stream          update 0   update 1          update 2        update 3
 
 Two pages of staging are held: while one is being updated, the next arrives and the one before leaves. A page
-is `page_bytes` of each moment, so the GPU holds 4 page_bytes however large the model.
+has room for `page_bytes` of each moment, of a part of a large parameter or of several small ones, so the GPU
+holds 4 page_bytes however large the model.
 
 The moments can be narrow besides: 8 bits each, in blocks of 256 that share a scale, by the dynamic maps of
 Chapter 1, signed for the mean and unsigned for the mean square. Four of the signed map's levels::
@@ -129,15 +130,17 @@ class PagedAdamW(torch.optim.Optimizer):
             here = [(param, group) for param, group in params if param.device == device]
             self._make_room(device, [param for param, _ in here])
             updates = [self._prepare(param, group) for param, group in here]
-            pages = [page for update in updates for page in update.pages(self.page_bytes)]
+            pieces = [piece for update in updates for piece in update.pieces(self.page_bytes)]
             if self._pages_on(device):
                 if device not in self._stagings:
                     self._stagings[device] = _Staging(device, self.page_bytes, self.bits == 8)
-                self.paged_bytes += sum(2 * page.nbytes for page in pages)  # there and back
-                self.stalled_seconds += self._stagings[device].run(pages)
+                staging = self._stagings[device]
+                self.paged_bytes += sum(2 * piece.nbytes for piece in pieces)  # there and back
+                self.stalled_seconds += staging.run(list(_in_pages(pieces, staging.room)))
             else:
-                for page in pages:
-                    page.apply()
+                # On a CPU one by one, as the cache holds them; elsewhere a launch may cost more than a piece.
+                for page in _in_pages(pieces, 0 if device.type == "cpu" else 2 * self.page_bytes):
+                    _apply(page)
             for (param, _), update in zip(here, updates, strict=True):
                 if not param.is_contiguous():  # a copy was updated
                     param.copy_(update.param.view(param.shape))
@@ -313,7 +316,12 @@ class _Update(NamedTuple):
         """The bytes of both moments."""
         return sum(tensor.nbytes for moment in self.moments for tensor in moment.stored)
 
-    def pages(self, page_bytes: int) -> "Iterator[_Update]":
+    @property
+    def room(self) -> int:
+        """The bytes that they take in a slot."""
+        return sum(_aligned(tensor.nbytes) for moment in self.moments for tensor in moment.stored)
+
+    def pieces(self, page_bytes: int) -> "Iterator[_Update]":
         """Yield this update in pieces whose moments take at most `page_bytes` each, scales not counted."""
         numbers = page_bytes // 4
         if self.moments[0].absmax is not None:
@@ -327,33 +335,61 @@ class _Update(NamedTuple):
                 moments=tuple(moment.part(start, stop) for moment in self.moments),
             )
 
-    def apply(self) -> None:
-        """Update the parameter and the moments in place."""
-        exp_avg, exp_avg_sq = (moment.load() for moment in self.moments)
-        adamw_(self.param, self.grad, exp_avg, exp_avg_sq, self.step, self.group)
-        for moment, numbers in zip(self.moments, (exp_avg, exp_avg_sq), strict=True):
-            moment.save(numbers, *self.rounding)
+
+def _in_pages(pieces: list[_Update], room: int) -> Iterator[list[_Update]]:
+    # In their order, as many together as have so much room and are updated alike; at least one.
+    page: list[_Update] = []
+    for piece in pieces:
+        is_alike = page and piece.step == page[0].step and piece.group is page[0].group
+        if page and not (is_alike and sum(other.room for other in page) + piece.room <= room):
+            yield page
+            page = []
+        page.append(piece)
+    if page:
+        yield page
 
 
-def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, group: dict) -> None:
-    """Apply one AdamW update in place to flat tensors of equal length: `torch.optim.AdamW`'s operations in
-    its order.
+def _apply(page: list[_Update]) -> None:
+    # Parameters and moments, in place.
+    loaded = [[moment.load() for moment in piece.moments] for piece in page]
+    exp_avgs, exp_avg_sqs = map(list, zip(*loaded, strict=True))
+    params, grads = [piece.param for piece in page], [piece.grad for piece in page]
+    adamw_(params, grads, exp_avgs, exp_avg_sqs, page[0].step, page[0].group)
+    for piece, numbers in zip(page, loaded, strict=True):
+        for moment, updated in zip(piece.moments, numbers, strict=True):
+            moment.save(updated, *piece.rounding)
 
-    param, grad: any floating dtype. exp_avg, exp_avg_sq: float32. step: counts from 1. group: lr, betas, eps,
-    weight_decay.
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    step: int,
+    group: dict,
+) -> None:
+    """Apply one AdamW update in place to lists of flat tensors, each as long as its fellows in the other
+    lists: `torch.optim.AdamW`'s operations in its order, each on a whole list at once.
+
+    params, grads: any floating dtype. exp_avgs, exp_avg_sqs: float32. step: counts from 1. group: lr, betas,
+    eps, weight_decay.
     """
     lr, (beta1, beta2) = group["lr"], group["betas"]
-    grad = grad.float()
-    wide = param.float()  # param itself if it is float32; else the step is formed there and rounded once
+    grads = [grad.float() for grad in grads]
+    wide = [param.float() for param in params]  # itself if it is float32; else rounded once, at the end
     if group["weight_decay"]:
-        wide.mul_(1 - lr * group["weight_decay"])
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        torch._foreach_mul_(wide, 1 - lr * group["weight_decay"])
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     step_size = lr / (1 - beta1**step)
-    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-    wide.addcdiv_(exp_avg, denominator, value=-step_size)
-    if wide is not param:
-        param.copy_(wide)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
+    torch._foreach_add_(denominators, group["eps"])
+    torch._foreach_addcdiv_(wide, exp_avgs, denominators, value=-step_size)
+    for param, numbers in zip(params, wide, strict=True):
+        if numbers is not param:
+            param.copy_(numbers)
 
 
 class _Staging:
@@ -370,11 +406,12 @@ class _Staging:
         self.side = self.module.Stream() if device.type == "cpu" else self.module.Stream(device)
         blocks = -(-page_bytes // BLOCK_SIZE)  # of codes, each with a scale
         room = max(_aligned(page_bytes), blocks * BLOCK_SIZE + _aligned(4 * blocks) if narrow else 0)
-        self.slots = [torch.empty(2 * room, dtype=torch.uint8, device=device) for _ in range(2)]
+        self.room = 2 * room  # of a slot, for both moments
+        self.slots = [torch.empty(self.room, dtype=torch.uint8, device=device) for _ in range(2)]
         # The allocator may hand out memory that the compute stream is still reading.
         self.side.wait_stream(self.module.current_stream(device))
 
-    def run(self, pages: list[_Update]) -> float:
+    def run(self, pages: list[list[_Update]]) -> float:
         """Apply the pages, whose moments are on the host; return the seconds they waited for copies."""
         waits = []
         arriving = self._bring_in(pages[0], self.slots[0])
@@ -386,7 +423,7 @@ class _Staging:
             began = self._now(compute)
             compute.wait_event(arrived)
             waits.append((began, self._now(compute)))
-            staged.apply()
+            _apply(staged)
             self._send_back(page, staged, compute.record_event())
         # The host waits for the last copy: from here on the moments may be read, saved or changed.
         done = self.module.Event()
@@ -404,25 +441,30 @@ class _Staging:
     def _seconds(self, began, ended) -> float:
         return ended - began if self.device.type == "cpu" else began.elapsed_time(ended) / 1000
 
-    def _bring_in(self, page: _Update, slot: Tensor):
+    def _bring_in(self, page: list[_Update], slot: Tensor) -> tuple[list[_Update], Any]:
         used = 0
-        moments = []
-        with self.module.stream(self.side):
-            for moment in page.moments:
-                staged = []
-                for tensor in moment.stored:
-                    room = slot[used : used + tensor.nbytes].view(tensor.dtype)
-                    staged.append(room.copy_(tensor, non_blocking=True))
-                    used += _aligned(tensor.nbytes)
-                moments.append(Moment(staged[0], staged[1] if len(staged) > 1 else None, moment.signed))
-            return page._replace(moments=tuple(moments)), self.side.record_event()
 
-    def _send_back(self, page: _Update, staged: _Update, updated) -> None:
+        def staged(tensor: Tensor) -> Tensor:
+            nonlocal used
+            room = slot[used : used + tensor.nbytes].view(tensor.dtype)
+            used += _aligned(tensor.nbytes)
+            return room.copy_(tensor, non_blocking=True)
+
+        def moved(moment: Moment) -> Moment:
+            absmax = None if moment.absmax is None else staged(moment.absmax)
+            return moment._replace(values=staged(moment.values), absmax=absmax)
+
+        with self.module.stream(self.side):
+            arriving = [piece._replace(moments=tuple(map(moved, piece.moments))) for piece in page]
+            return arriving, self.side.record_event()
+
+    def _send_back(self, page: list[_Update], staged: list[_Update], updated) -> None:
         with self.module.stream(self.side):
             self.side.wait_event(updated)
-            for home, away in zip(page.moments, staged.moments, strict=True):
-                for target, source in zip(home.stored, away.stored, strict=True):
-                    target.copy_(source, non_blocking=True)
+            for piece, there in zip(page, staged, strict=True):
+                for home, away in zip(piece.moments, there.moments, strict=True):
+                    for target, source in zip(home.stored, away.stored, strict=True):
+                        target.copy_(source, non_blocking=True)
 
 
 def _aligned(n_bytes: int) -> int:

@@ -397,14 +397,17 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "versions": {name: _version(name) for name in packages},
+        "versions": {name: version_of(name) for name in packages},
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of a package that is installed, None of one that was put on the path by hand."""
+    if package == "torch":
+        return torch.__version__  # which tells the build too, for CUDA or for a CPU
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+    except metadata.PackageNotFoundError:
         return None
 
 

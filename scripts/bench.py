@@ -25,7 +25,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ import torch
 
 from demo_assets import build_dataset
 from minqlora.files import write_atomically
+from minqlora.run import version_of
 from options import user_errors
 
 DOOR = Path(__file__).resolve()  # what a benchmark starts to have a process of its own
@@ -68,14 +69,6 @@ def as_document(command: str, rows: Sequence[dict[str, Any]], packages: Sequence
         "command": command,
         "rows": rows,
     }
-
-
-def version_of(package: str) -> str:
-    """Return the version of a package that can be imported."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # it was put on the path by hand; no reason to lose a measurement
-        return "unknown"
 
 
 @dataclass

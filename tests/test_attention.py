@@ -1,5 +1,6 @@
 """One kernel for all documents of a row is a kernel for each, where it is there, right and faster."""
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Let a CPU have the kernel; what it was called with."""
     calls = []
 
+    @functools.wraps(plain_varlen)
     def kernel(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(kwargs)
         return plain_varlen(*args, **kwargs)
@@ -62,8 +64,21 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_the_stand_in_takes_what_the_kernel_takes() -> None:
-    ours, theirs = (inspect.signature(one).parameters for one in (plain_varlen, varlen.varlen_attn))
+    ours, theirs = (dict(inspect.signature(one).parameters) for one in (plain_varlen, varlen.varlen_attn))
+    theirs.setdefault("enable_gqa", ours["enable_gqa"])  # torch 2.11 has no such option
     assert all(name in theirs and theirs[name].kind == ours[name].kind for name in ours)
+
+
+def test_a_release_that_shares_heads_unasked_is_not_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def older(*args: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+        return plain_varlen(*args, scale=scale, window_size=window_size, enable_gqa=True)
+
+    monkeypatch.setattr(varlen, "varlen_attn", older)
+    H, n_kv_heads, Hd = HEADS
+    q, k, v = (torch.randn(1, heads, 9, Hd) for heads in (H, n_kv_heads, n_kv_heads))
+    ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+    expected = attend_to_documents(q, k, v, Documents([4, 5]))
+    torch.testing.assert_close(attend_to_documents(q, k, v, Documents([4, 5], ends)), expected)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
@@ -133,6 +148,7 @@ def test_a_kernel_is_used_where_it_is_there_right_and_faster(
     monkeypatch.setattr(attention, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     def taking(seconds: float, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Tensor:
             clock.now += seconds
             return function(*args, **kwargs)
@@ -145,9 +161,15 @@ def test_a_kernel_is_used_where_it_is_there_right_and_faster(
     assert not tried()  # slower than three
     monkeypatch.setattr(varlen, "varlen_attn", taking(2, right))
     assert tried()
-    monkeypatch.setattr(varlen, "varlen_attn", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
+
+    @functools.wraps(right)
+    def wrong(*args: Any, **kwargs: Any) -> Tensor:
+        return right(*args, **kwargs) * 1.1
+
+    monkeypatch.setattr(varlen, "varlen_attn", wrong)
     assert not tried()
 
+    @functools.wraps(right)
     def without_window(*args: Any, window_size: tuple[int, int], **kwargs: Any) -> Tensor:
         return right(*args, window_size=(-1, 0), **kwargs)
 
