@@ -19,7 +19,7 @@ from minqlora.run import peak_memory_gib
 OUT_OF_MEMORY = "out of memory"
 # Bytes written between timed calls: more than a second-level cache holds, and as long as it takes the host to
 # launch what is timed. What is measured is then the device's time.
-FLUSHED = 2**30
+FLUSHED = 2**31
 
 Line = dict[str, Any]  # a row, or {"skipped": what was not measured, and why}
 T = TypeVar("T")
