@@ -139,6 +139,7 @@ class StepCache(KVCache):
         self.kv, self.padding, self.length = cache.kv, cache.padding, cache.length
         device = cache.kv.device
         self.position = torch.full((1,), cache.length, device=device)
+        self.masks: dict[int | None, Tensor] = {}  # of a step, by window
         self.positions = torch.arange(cache.capacity, device=device)
         like = cache.kv.new_empty(0)
         self.tables = {rotary: rotary_table(rotary, [self.positions], like) for rotary in arch.rotaries}
@@ -157,7 +158,9 @@ class StepCache(KVCache):
         return keys.index_copy_(2, self.position, k), values.index_copy_(2, self.position, v)
 
     def rotary_tables(self) -> RotaryTables:
-        """Return cos and sin of the token's angles, (1, Rd) each, or (B, 1, 1, Rd) where rows are padded."""
+        """Begin a step: return cos and sin of its token's angles, (1, Rd) each, or (B, 1, 1, Rd) where rows
+        are padded."""
+        self.masks = {}
         index = self.position
         if self.padding is not None:
             index = (self.position - self.padding[:, None, None]).clamp(min=0)
@@ -165,12 +168,14 @@ class StepCache(KVCache):
 
     def mask(self, window: int | None) -> Tensor:
         """Return which places the token sees, bool (1, capacity) or (B, 1, 1, capacity)."""
-        seen = self.positions <= self.position
-        if window is not None:
-            seen = seen & (self.positions > self.position - window)
-        if self.padding is None:
-            return seen[None]
-        return seen & (self.positions >= self.padding[:, None, None, None])
+        if window not in self.masks:
+            seen = self.positions <= self.position
+            if window is not None:
+                seen = seen & (self.positions > self.position - window)
+            if self.padding is not None:
+                seen = seen & (self.positions >= self.padding[:, None, None, None])
+            self.masks[window] = seen if self.padding is not None else seen[None]
+        return self.masks[window]
 
 
 def rotary_table(rotary: Rotary, positions: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,10 +329,14 @@ def attend(
             causal = True  # a bool, which `Tq == Tk > 1` is not where sizes are symbols of torch.compile
     if cap is not None:
         return _attend_capped(q, k, v, mask, causal, scale, cap, dropout)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(
+    shape, grouped = q.shape, q.shape[1] != k.shape[1]
+    if grouped and Tq == 1:
+        # The heads of a group see the same keys: as so many queries of one head, which every kernel takes.
+        q, grouped = q.reshape(shape[0], k.shape[1], -1, shape[3]), False
+    y = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+    return y.reshape(shape)
 
 
 def _visible(Tq: int, Tk: int, window: int | None, padding: Tensor | None, device: torch.device) -> Tensor:

@@ -50,7 +50,7 @@ import torch
 from torch import Tensor
 
 from minqlora.attention import KVCache, StepCache
-from minqlora.model import CausalLM
+from minqlora.model import CausalLM, compile_steps, leave_steps_eager, missing_compiler
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,8 @@ def _steps(
 
     def pick(logits: Tensor) -> list[int]:
         picked = sampling.choose(logits, seen, generators)
-        seen[range(len(picked)), picked] = True
+        if sampling.repetition_penalty != 1:  # or nobody asks, and a GPU would wait for the host
+            seen[range(len(picked)), picked] = True
         return picked
 
     def is_over(answer: list[int]) -> bool:
@@ -283,13 +284,17 @@ WORTH_RECORDING = 32  # tokens; to record takes about as long as a few steps tha
 def can_record(model: CausalLM, cache: KVCache, max_new_tokens: int) -> bool:
     """Whether steps can be recorded, and so many are to come that it is worth it."""
     suits = StepCache.suits(model.arch, cache.capacity)
-    return model.device.type == "cuda" and max_new_tokens >= WORTH_RECORDING and suits
+    return _records(model.device) and max_new_tokens >= WORTH_RECORDING and suits
+
+
+def _records(device: torch.device) -> bool:
+    return device.type == "cuda"
 
 
 class RecordedStep:
     """One token through the model, which a GPU records as a graph and then replays.
 
-    A step launches some thousand kernels, each shorter than Python takes to ask for it; a graph is asked for
+    A step launches hundreds of kernels, each shorter than Python takes to ask for it; a graph is asked for
     once. It is replayed on the same memory, so tokens are copied to where it reads and logits, (B, vocab)
     float32, stand where it writes until the next step.
     """
@@ -299,11 +304,14 @@ class RecordedStep:
         self.fixed = StepCache(cache, model.arch)
         self.tokens = torch.zeros(cache.kv.shape[2], 1, dtype=torch.int64, device=model.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        if model.device.type == "cuda":
-            try:
-                self._record()
-            except RuntimeError as error:  # a kernel that cannot be recorded: slower, and right all the same
-                warnings.warn(f"steps are not recorded: {str(error).splitlines()[0]}", stacklevel=2)
+        if _records(model.device):
+            # What no compiler takes, or no graph, is slower and right all the same.
+            if missing_compiler(model.device) is None:
+                compile_steps(model)
+                self._try_to_record("compiled")
+            if self.graph is None:
+                leave_steps_eager(model)
+                self._try_to_record("recorded")
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Return the logits that follow tokens (B, 1), and count them in the cache."""
@@ -317,6 +325,12 @@ class RecordedStep:
             self.graph.replay()
         self.cache.length += 1
         return self.logits
+
+    def _try_to_record(self, wanted: str) -> None:
+        try:
+            self._record()
+        except RuntimeError as error:
+            warnings.warn(f"steps are not {wanted}: {str(error).splitlines()[0]}", stacklevel=4)
 
     def _record(self) -> None:
         # What is compiled or measured at first use must be done before. These runs write keys of token 0 to a

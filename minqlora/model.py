@@ -289,6 +289,10 @@ class HostInputs:
             return tensor, self.side.record_event()
 
 
+# Of a block, compiled: `enter`, `leave`, and `leave_but_last`.
+Parts = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
+
+
 class Block(nn.Module):
     """Attention and MLP, each between norms where the architecture has them, added to the residual stream."""
 
@@ -296,8 +300,9 @@ class Block(nn.Module):
         super().__init__()
         self.names = arch.family.norms
         self.scale = arch.residual_scale
-        # `enter`, `leave` and `leave_but_last` as `compile_blocks` makes them; they are for training.
-        self.compiled: tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]] | None = None
+        # By `compile_blocks` and `compile_steps`: for training, and for steps of one token.
+        self.compiled: Parts | None = None
+        self.compiled_step: Parts | None = None
         self.self_attn = Attention(arch, index)
         experts = arch.layers[index].experts
         self.mlp_name = arch.family.mlp
@@ -320,9 +325,13 @@ class Block(nn.Module):
         into one with what is before it, so that `without_last_product` can leave it out."""
         attention = self.self_attn
         table = None if attention.rotary is None else rotary[attention.rotary]
-        if self.compiled is None or not self.training:
+        if isinstance(cache, StepCache):
+            compiled = self.compiled_step
+        else:
+            compiled = self.compiled if self.training else None
+        if compiled is None:
             return self.leave(x, attention(*self.enter(x, table), documents, cache))
-        enter, leave, leave_but_last = self.compiled
+        enter, leave, leave_but_last = compiled
         y = attention(*enter(self, *_of_any_length(x, table)), documents, cache)
         if in_parts and isinstance(self.get_submodule(self.mlp_name), MLP):
             return self.last(*leave_but_last(self, *_of_any_length(x, y)))
@@ -432,9 +441,11 @@ class Attention(nn.Module):
 
 
 def _of_any_length(x: Tensor, other: Any) -> tuple[Tensor, Any]:
-    # Both, with T, their dimension but one, as a symbol to the compiler; other numbers it may rely on.
-    for tensor in (x, *((other,) if isinstance(other, Tensor) else other or ())):
-        torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() - 2)
+    # Both, with T, their dimension but one, as a symbol to the compiler; other numbers it may rely on, and on
+    # a T of 1 too.
+    if x.shape[-2] > 1:
+        for tensor in (x, *((other,) if isinstance(other, Tensor) else other or ())):
+            torch._dynamo.maybe_mark_dynamic(tensor, tensor.dim() - 2)
     return x, other
 
 
@@ -444,20 +455,44 @@ def compile_blocks(model: CausalLM, backend: str | Callable[..., Any] = "inducto
     Attention itself stays as it is. It is PyTorch's kernels, and where documents end changes with every
     batch: inside, each new list of lengths would be compiled anew. What is compiled knows only T, as a
     symbol, and no block from the next, so that two graphs of each part (the first block's input needs no
-    gradient) serve all blocks and all batches. Evaluation and generation stay eager, for which the parts
-    would be compiled again. Blocks with a mixture of experts keep an eager second part: whom a token chooses
-    is data. Where blocks are recomputed, the last product is eager too (`Block.without_last_product`).
+    gradient) serve all blocks and all batches. Evaluation and prompts stay eager, for which the parts would
+    be compiled again. Blocks with a mixture of experts keep an eager second part: whom a token chooses is
+    data. Where blocks are recomputed, the last product is eager too (`Block.without_last_product`).
 
     backend: of torch.compile, for tests. Dropout draws what it draws in eager mode.
     """
-    options = {"fallback_random": True} if backend == "inductor" else None
-    how: dict[str, Any] = dict(fullgraph=True, backend=backend, options=options)
-    parts: tuple[Callable[..., Any], ...] = (Block.enter, Block.leave, Block.leave_but_last)
+    for block, parts in _compiled_parts(model, backend, {"fallback_random": True}):
+        block.compiled = parts
+
+
+def compile_steps(model: CausalLM, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Let steps with a `StepCache` be compiled likewise, once: eager, they are some thirty small kernels a
+    block besides the products. Numbers are rounded as in eager mode, so answers do not change."""
+    for block, parts in _compiled_parts(model, backend, {"emulate_precision_casts": True}):
+        block.compiled_step = block.compiled_step or parts
+
+
+def leave_steps_eager(model: CausalLM) -> None:
+    """Let steps with a `StepCache` be eager for good, because what was compiled for them does not run."""
+    for block in _blocks(model):
+        block.compiled_step = Block.enter, Block.leave, Block.leave_but_last
+
+
+def _compiled_parts(
+    model: CausalLM, backend: str | Callable[..., Any], options: dict[str, Any]
+) -> Iterator[tuple[Block, Parts]]:
+    how: dict[str, Any] = dict(fullgraph=True, backend=backend)
+    if backend == "inductor":
+        how["options"] = options
+    parts: Parts = Block.enter, Block.leave, Block.leave_but_last
     enter, leave, leave_but_last = (torch.compile(part, **how) for part in parts)
-    for block in model.model.layers:
-        assert isinstance(block, Block)
+    for block in _blocks(model):
         is_mixture = isinstance(block.get_submodule(block.mlp_name), Mixture)
-        block.compiled = enter, Block.leave if is_mixture else leave, leave_but_last
+        yield block, (enter, Block.leave if is_mixture else leave, leave_but_last)
+
+
+def _blocks(model: CausalLM) -> list[Block]:
+    return [block for block in model.model.layers if isinstance(block, Block)]
 
 
 def missing_compiler(device: torch.device) -> str | None:

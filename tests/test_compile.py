@@ -16,9 +16,17 @@ from torch._functorch.partitioners import default_partition, min_cut_remateriali
 from torch.utils.checkpoint import checkpoint
 
 from minqlora import add_lora, generate, load_model
-from minqlora.attention import Documents
-from minqlora.lora import LoRALinear
-from minqlora.model import HostInputs, compile_blocks, missing_compiler, recomputed
+from minqlora.attention import Documents, KVCache
+from minqlora.generate import RecordedStep
+from minqlora.lora import LoRALinear, lora_layers
+from minqlora.model import (
+    HostInputs,
+    compile_blocks,
+    compile_steps,
+    leave_steps_eager,
+    missing_compiler,
+    recomputed,
+)
 from minqlora.nf4 import NF4Tensor
 
 N, K = 24, 32
@@ -402,6 +410,40 @@ def test_evaluation_and_generation_compile_nothing(tiny_model: Path):
     assert backend.graphs == 0
 
 
+def steps_of(folder: Path, backend: str | Callable | None, dtype: torch.dtype) -> Tensor:
+    """The logits of five steps of one token, (5, vocab), of a model with an adapter."""
+    torch.manual_seed(0)
+    model = load_model(folder, dtype=dtype)
+    add_lora(model, r=2)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    if backend is not None:
+        compile_steps(model.eval(), backend)
+    cache = KVCache(model.arch, 1, 16, dtype, model.device)
+    with torch.inference_mode():
+        model.eval()(torch.arange(3)[None], cache=cache)
+        step = RecordedStep(model, cache)
+        return torch.cat([step(torch.tensor([[token]])).clone() for token in range(5)])
+
+
+def test_compiled_steps_are_two_graphs_and_equal_eager_ones(tiny_model: Path):
+    backend = Backend()
+    found = steps_of(tiny_model, backend.compile, torch.float32)
+    assert torch.equal(found, steps_of(tiny_model, None, torch.float32))
+    assert backend.graphs == 2
+
+
+def test_steps_left_eager_are_not_compiled_again(tiny_model: Path):
+    backend, model = Backend(), load_model(tiny_model, dtype=torch.float32)
+    leave_steps_eager(model)
+    compile_steps(model, backend.compile)
+    with torch.inference_mode():
+        RecordedStep(model.eval(), KVCache(model.arch, 1, 4, torch.float32, model.device))(
+            torch.tensor([[5]])
+        )
+    assert backend.graphs == 0
+
+
 def test_a_device_without_a_compiler_is_told_apart(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -411,6 +453,12 @@ def test_a_device_without_a_compiler_is_told_apart(monkeypatch: pytest.MonkeyPat
 
 
 # -- with kernels --------------------------------------------------------------------------------------------
+
+
+@inductor
+def test_kernels_of_compiled_steps_round_as_eager_ones_do(tiny_model: Path):
+    found = steps_of(tiny_model, "inductor", torch.bfloat16)
+    assert torch.equal(found, steps_of(tiny_model, None, torch.bfloat16))
 
 
 @inductor

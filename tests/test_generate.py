@@ -378,6 +378,24 @@ def test_recorded_steps_say_what_others_say(tiny: CausalLM, monkeypatch: pytest.
     assert len(made) == 5
 
 
+def test_steps_that_cannot_be_recorded_are_taken_one_by_one(
+    tiny: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = generate_batch(tiny, [[5, 6, 7]], max_new_tokens=32)
+    chapter = sys.modules[RecordedStep.__module__]
+    monkeypatch.setattr(chapter, "_records", lambda device: True)
+    reasons = iter(["no kernel for this\nand more", "no graph\nand more"])
+
+    def fail(step: RecordedStep) -> None:
+        raise RuntimeError(next(reasons))
+
+    monkeypatch.setattr(RecordedStep, "_record", fail)
+    with pytest.warns(UserWarning) as said:
+        assert generate_batch(tiny, [[5, 6, 7]], max_new_tokens=32) == expected
+    texts = [str(warning.message) for warning in said]
+    assert texts == ["steps are not compiled: no kernel for this", "steps are not recorded: no graph"]
+
+
 def test_a_cpu_records_nothing(tiny: CausalLM) -> None:
     cache = KVCache(tiny.arch, 1, 64, torch.float32, torch.device("cpu"))
     assert not can_record(tiny, cache, 64)
