@@ -28,7 +28,7 @@ A conversation is the same prompt again and again, a little longer each time. `P
 values from one call to the next, and only what is new goes through the model.
 
 A GPU finishes a kernel before Python has asked for the next one. There the steps of a long answer are
-recorded once, on memory that stays where it is, and replayed (`RecordedStep`).
+compiled, recorded once, on memory that stays where it is, and replayed (`RecordedStep`).
 
 Shapes and dtypes: token ids are Python ints; logits (B, vocab) float32. Cost: one decoding of every 4-bit
 weight for each step, which is what bounds the speed.

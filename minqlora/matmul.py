@@ -16,8 +16,8 @@ The four weights of Chapter 1, as a matrix of one row::
 
 On a CPU the matrix is decoded in tiles of rows: four rows of a 6 x 4 weight, multiplied into four columns of
 Y, then the other two. The scratch holds one tile, stays in cache, and is what the product reads next. On a
-GPU one compiled kernel decodes the whole matrix and the vendor's matmul follows; for a single token one
-kernel does both, and what it decodes is never written to memory.
+GPU one compiled kernel decodes the whole matrix and the vendor's matmul follows; for a single token the
+weights are multiplied as they are decoded, and never written to memory.
 
 The same two products serve a 16-bit weight under activations of another dtype, an output head kept in
 bfloat16 say: there "decoding" is a cast, tile by tile, and the head never exists in float32 as a whole.
@@ -237,7 +237,7 @@ def _cast_tiles(weight: Tensor, dtype: torch.dtype) -> Tiles:
         yield rows, tile.view(-1, n_columns).copy_(weight[rows])
 
 
-# ---- one kernel, for accelerators --------------------------------------------------------------------------
+# ---- compiled kernels, for accelerators --------------------------------------------------------------------
 
 # Products and sums are rounded one by one, as eager operations round them: fused multiply-add would give
 # other scales than bitsandbytes'. The name says casts; Inductor turns fusion off in Triton by it, too.
