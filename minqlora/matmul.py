@@ -344,6 +344,7 @@ def compiled_multiply(
     width = math.gcd(shape[1] // 8, 32)  # the threads beside one another
 
     def multiply(eights: Tensor, words: Tensor, scales: list[Tensor], levels: Tensor) -> Tensor:
+        """Return x @ W.T."""
         absmax = _scales_of(len(words), scales, block_size // 8, nested_block_size, nested_first)
         words, absmax = (of_words.view(shape[0], -1, width) for of_words in (words, absmax))
         eights = eights.view(-1, width, dtype.itemsize)  # by the word that they meet
