@@ -441,7 +441,7 @@ def fastest_look_up(device: torch.device) -> str | None:
 def time_look_ups(device: torch.device, n: int = 2**24) -> dict[str, float]:
     """Return the seconds that 20 decodings of n numbers take with each of LOOK_UPS, but for those that do not
     compile for the device, or do not give the bits that plain operations give."""
-    # Drawn evenly, as codes of a real weight nearly are: in order they would meet in the same banks of memory.
+    # Drawn evenly, as codes of a real weight nearly are: in order they would meet in the same memory banks.
     generator = torch.Generator(device).manual_seed(0)
     packed = torch.randint(256, (n // 2,), dtype=torch.uint8, device=device, generator=generator)
     codes, codebook = packed[: n // 64], torch.linspace(-1, 1, 16, device=device)
