@@ -456,9 +456,11 @@ def test_a_device_without_a_compiler_is_told_apart(monkeypatch: pytest.MonkeyPat
 
 
 @inductor
-def test_kernels_of_compiled_steps_round_as_eager_ones_do(tiny_model: Path):
+def test_kernels_of_compiled_steps_round_nearly_as_eager_ones_do(tiny_model: Path):
+    # To the same bits with Triton, and in C++ since torch 2.13.
     found = steps_of(tiny_model, "inductor", torch.bfloat16)
-    assert torch.equal(found, steps_of(tiny_model, None, torch.bfloat16))
+    expected = steps_of(tiny_model, None, torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2**-7 * float(expected.abs().max()))
 
 
 @inductor
