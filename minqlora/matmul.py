@@ -264,9 +264,10 @@ def decode_fused(
         sizes = n, block_size, nested_block_size, nested_first
         return decode_fused(packed, scales, codebook, *sizes, torch.float32).to(dtype)
     look_up = _look_up_for(codebook)
-    decode = compiled_decode(block_size, nested_block_size, dtype, look_up)
+    sizes = len(packed), block_size, nested_block_size, nested_first
+    decode = compiled_decode(*sizes, dtype, look_up)
     with torch.no_grad():  # another state of autograd would be another compilation
-        return decode(packed, scales, levels_for(look_up, codebook), nested_first).view(dtype)[:n]
+        return decode(packed, scales, levels_for(look_up, codebook)).view(dtype)[:n]
 
 
 def multiply_fused(
@@ -300,21 +301,28 @@ def _look_up_for(codebook: Tensor) -> str:
 
 
 @cache
-def compiled_decode(block_size: int, nested_block_size: int, dtype: torch.dtype, look_up: str):
-    """Return a compiled function from (packed, scales, levels, nested_first) to all numbers: two in an
-    integer twice as wide as `dtype`, (n_bytes,), or one in `dtype` where a code takes a byte.
+def compiled_decode(
+    n_bytes: int,
+    block_size: int,
+    nested_block_size: int,
+    nested_first: int,
+    dtype: torch.dtype,
+    look_up: str,
+):
+    """Return a compiled function from (packed, scales, levels) to all numbers: two in an integer twice as
+    wide as `dtype`, (n_bytes,), or one in `dtype` where a code takes a byte. levels: of `levels_for`.
 
-    levels: of `levels_for`. It is compiled for the first size, and once more for all others.
-
-    A thread takes a byte, not a number: both numbers share its scale, and are written at once as one integer.
-    Indices are the compiler's own: `arange` is written as 64 bits and compiled to 32, but for a weight that
-    needs more.
+    A thread takes bytes, not numbers: both numbers of a byte share its scale, and are written at once as one
+    integer. Indices are the compiler's own: `arange` is written as 64 bits and compiled to 32, but for a
+    weight that needs more. Each size is compiled by itself, and a model has few: of a size that it knows the
+    compiler sees that no thread reaches beyond, and only then are eight bytes read, and their scale found, at
+    once.
     """
 
-    def decode(packed: Tensor, scales: list[Tensor], levels: Tensor, nested_first: int) -> Tensor:
+    def decode(packed: Tensor, scales: list[Tensor], levels: Tensor) -> Tensor:
         numbers = _numbers(packed, levels, look_up)
         sizes = block_size // len(numbers), nested_block_size, nested_first
-        absmax = _scales_of(len(packed), scales, *sizes)
+        absmax = _scales_of(n_bytes, scales, *sizes)
         numbers = [(number * absmax).to(dtype) for number in numbers]
         return numbers[0] if len(numbers) == 1 else _joined(*numbers)
 
@@ -339,7 +347,7 @@ def compiled_multiply(
     A thread takes a word, not a byte: eight weights share a scale and the work of finding it, and what they
     are multiplied by is read in eight bytes at a time. It goes down its column of a row's words, which stand
     beside one another as the threads do, so that everything a thread knows is laid out alike and nothing is
-    exchanged until the columns are summed. It is compiled for each shape of weight, of which a model has few.
+    exchanged until the columns are summed. Each shape is compiled by itself.
     """
     width = math.gcd(shape[1] // 8, 32)  # the threads beside one another
 
@@ -357,13 +365,13 @@ def compiled_multiply(
 
     # Sums of few numbers too are left to be sums: unrolled, what they are of would be written first.
     options = {"assert_indirect_indexing": False, "unroll_reductions_threshold": 1}
-    return _compiled(multiply, options, dynamic=False)
+    return _compiled(multiply, options)
 
 
-def _compiled(function: Any, options: dict[str, Any], dynamic: bool | None = None):
+def _compiled(function: Any, options: dict[str, Any]):
     # With a code object of its own: by that torch.compile counts, of all functions made of the same lines.
     function.__code__ = function.__code__.replace()
-    return torch.compile(function, options=options, dynamic=dynamic)
+    return torch.compile(function, options=options, dynamic=False)
 
 
 def levels_for(look_up: str, codebook: Tensor) -> Tensor:
@@ -453,10 +461,10 @@ def time_look_ups(device: torch.device, n: int = 2**24) -> dict[str, float]:
     dequantize(packed, absmax, codebook, 64, expected)
     times = {}
     for look_up in LOOK_UPS:
-        decode = compiled_decode(64, 256, torch.bfloat16, look_up)
+        decode = compiled_decode(n // 2, 64, 256, 0, torch.bfloat16, look_up)
         levels = levels_for(look_up, codebook)
         try:
-            decoded = decode(packed, scales, levels, 0)
+            decoded = decode(packed, scales, levels)
         except Exception:  # no compiler, or one that cannot: of each back end an error of its own
             continue
         if not torch.equal(decoded.view(torch.bfloat16), expected):
@@ -465,7 +473,7 @@ def time_look_ups(device: torch.device, n: int = 2**24) -> dict[str, float]:
             wait_for(device)
             began = time.perf_counter()
             for _ in range(rounds):
-                decode(packed, scales, levels, 0)
+                decode(packed, scales, levels)
             wait_for(device)
             times[look_up] = time.perf_counter() - began
     return times

@@ -4,8 +4,9 @@ AdamW keeps two running means for every trained number, of its gradient and of t
 in float32, touched once a step. On a GPU that is the right thing to put elsewhere. Here the moments can live
 in *pinned* host memory, which the GPU's copy engine can reach by itself, and visit the GPU a page at a time::
 
-    side stream      in 0   in 1          out 0   in 2   out 1   in 3   out 2  ...
-    compute stream          update 0   update 1          update 2        update 3
+    inward stream     in 0   in 1       in 2       in 3       ...
+    compute stream           update 0   update 1   update 2   ...
+    outward stream               out 0      out 1      out 2  ...
 
 Two pages of staging are held: while one is being updated, the next arrives and the one before leaves. A page
 has room for `page_bytes` of each moment, of a part of a large parameter or of several small ones, so the GPU
@@ -393,41 +394,47 @@ def adamw_(
 
 
 class _Staging:
-    """Two slots of device memory through which the moments of all parameters stream, on a side stream.
+    """Two slots of device memory through which the moments of all parameters stream, in on one side stream
+    and out on another, because a bus carries both ways at once.
 
-    Everything on the side stream happens in order, so a slot is refilled only after it was copied back;
-    between the streams two events a page keep the order. On a CPU torch's stand-ins for streams and events do
-    nothing, and all happens in order anyway.
+    Events keep the order: an update waits for its page, the page's way home for the update, and the next page
+    in the slot for that. On a CPU torch's stand-ins for streams and events do nothing, and all happens in
+    order anyway.
     """
 
     def __init__(self, device: torch.device, page_bytes: int, narrow: bool):
         self.device = device
         self.module = torch.get_device_module(device)
-        self.side = self.module.Stream() if device.type == "cpu" else self.module.Stream(device)
+        self.inward, self.outward = (
+            self.module.Stream() if device.type == "cpu" else self.module.Stream(device) for _ in range(2)
+        )
         blocks = -(-page_bytes // BLOCK_SIZE)  # of codes, each with a scale
         room = max(_aligned(page_bytes), blocks * BLOCK_SIZE + _aligned(4 * blocks) if narrow else 0)
         self.room = 2 * room  # of a slot, for both moments
         self.slots = [torch.empty(self.room, dtype=torch.uint8, device=device) for _ in range(2)]
         # The allocator may hand out memory that the compute stream is still reading.
-        self.side.wait_stream(self.module.current_stream(device))
+        self.inward.wait_stream(self.module.current_stream(device))
 
     def run(self, pages: list[list[_Update]]) -> float:
         """Apply the pages, whose moments are on the host; return the seconds they waited for copies."""
+        compute = self.module.current_stream(self.device)
         waits = []
-        arriving = self._bring_in(pages[0], self.slots[0])
+        homeward: list[Any] = []  # an event for each page, after which its slot is free
+        arriving = self._bring_in(pages[0], 0)
         for i, page in enumerate(pages):
             staged, arrived = arriving
             if i + 1 < len(pages):  # on its way while this one is updated
-                arriving = self._bring_in(pages[i + 1], self.slots[(i + 1) % 2])
-            compute = self.module.current_stream(self.device)
+                if i > 0:
+                    self.inward.wait_event(homeward[i - 1])  # of the slot's last page
+                arriving = self._bring_in(pages[i + 1], i + 1)
             began = self._now(compute)
             compute.wait_event(arrived)
             waits.append((began, self._now(compute)))
             _apply(staged)
-            self._send_back(page, staged, compute.record_event())
+            homeward.append(self._send_back(page, staged, compute.record_event()))
         # The host waits for the last copy: from here on the moments may be read, saved or changed.
         done = self.module.Event()
-        done.record(self.side)
+        done.record(self.outward)
         done.synchronize()
         return sum(self._seconds(*wait) for wait in waits)
 
@@ -441,8 +448,8 @@ class _Staging:
     def _seconds(self, began, ended) -> float:
         return ended - began if self.device.type == "cpu" else began.elapsed_time(ended) / 1000
 
-    def _bring_in(self, page: list[_Update], slot: Tensor) -> tuple[list[_Update], Any]:
-        used = 0
+    def _bring_in(self, page: list[_Update], index: int) -> tuple[list[_Update], Any]:
+        slot, used = self.slots[index % 2], 0
 
         def staged(tensor: Tensor) -> Tensor:
             nonlocal used
@@ -454,17 +461,18 @@ class _Staging:
             absmax = None if moment.absmax is None else staged(moment.absmax)
             return moment._replace(values=staged(moment.values), absmax=absmax)
 
-        with self.module.stream(self.side):
+        with self.module.stream(self.inward):
             arriving = [piece._replace(moments=tuple(map(moved, piece.moments))) for piece in page]
-            return arriving, self.side.record_event()
+            return arriving, self.inward.record_event()
 
-    def _send_back(self, page: list[_Update], staged: list[_Update], updated) -> None:
-        with self.module.stream(self.side):
-            self.side.wait_event(updated)
+    def _send_back(self, page: list[_Update], staged: list[_Update], updated: Any) -> Any:
+        with self.module.stream(self.outward):
+            self.outward.wait_event(updated)
             for piece, there in zip(page, staged, strict=True):
                 for home, away in zip(piece.moments, there.moments, strict=True):
                     for target, source in zip(home.stored, away.stored, strict=True):
                         target.copy_(source, non_blocking=True)
+            return self.outward.record_event()
 
 
 def _aligned(n_bytes: int) -> int:

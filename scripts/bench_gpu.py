@@ -54,13 +54,13 @@ MODULES: dict[Stage, str] = {
     "demo": "bench_gpu_runs",
 }
 LIMITS: dict[Stage, int] = {
-    "dequantize": 40,
-    "linear": 30,
-    "train": 190,
-    "memory": 100,
-    "decode": 60,
-    "tests": 70,
-    "demo": 50,
+    "dequantize": 50,
+    "linear": 25,
+    "train": 170,
+    "memory": 80,
+    "decode": 90,
+    "tests": 80,
+    "demo": 45,
 }
 IN_STAGE = "MINQLORA_BENCH_STAGE"  # set in the process of a stage, to its name
 PACKAGES = ("torch", "triton", "bitsandbytes", "torchao", "transformers", "peft")

@@ -96,8 +96,8 @@ def test_scales_of_scales_decode_to_the_bits_of_bitsandbytes(device: torch.devic
 def test_every_look_up_decodes_to_the_bits_of_a_cpu(device, dtype: torch.dtype, look_up: str):
     here = NF4Tensor.from_float(randn(128, 512))
     there = here.to(device)
-    decode = compiled_decode(64, 256, dtype, look_up)
-    found = decode(there.packed, there.scales, levels_for(look_up, there.codebook), 0).view(dtype)
+    decode = compiled_decode(len(there.packed), 64, 256, 0, dtype, look_up)
+    found = decode(there.packed, there.scales, levels_for(look_up, there.codebook)).view(dtype)
     assert torch.equal(found.cpu(), here.dequantize(dtype).view(-1))
 
 

@@ -225,15 +225,15 @@ def test_a_look_up_that_does_not_compile_or_errs_is_left_out(broken: dict, left:
 
 
 @inductor
-def test_compiled_decoding_gives_the_bits_of_eager_and_two_graphs_serve_all_sizes(look_up):
+def test_compiled_decoding_gives_the_bits_of_eager_by_a_graph_for_each_size(look_up):
     # Whole blocks: of a loop that it splits at them, Inductor's C++ leaves out the rest (torch 2.13).
     torch._dynamo.reset()
     matmul.compiled_decode.cache_clear()
     counters["stats"].clear()
-    for shape in ((96, 128), (64, 192), (12, 1024), (40, 64)):
+    for shape in ((96, 128), (64, 192), (40, 64), (8, 64)):  # of which two are of one size
         parts = pack(shape)
         assert torch.equal(fused(parts, torch.bfloat16), decoded(parts, torch.bfloat16))
-    assert counters["stats"]["unique_graphs"] == 2
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 @inductor
@@ -242,9 +242,9 @@ def test_compiled_decoding_is_one_kernel(look_up: str):
     matmul.compiled_decode.cache_clear()
     torch._dynamo.reset()
     packed, scales, codebook, *_ = pack((96, 128))
-    decode = matmul.compiled_decode(64, 4, torch.bfloat16, look_up)
+    decode = matmul.compiled_decode(len(packed), 64, 4, 0, torch.bfloat16, look_up)
     with fresh_cache():
-        _, (code,) = run_and_get_code(decode, packed, scales, matmul.levels_for(look_up, codebook), 0)
+        _, (code,) = run_and_get_code(decode, packed, scales, matmul.levels_for(look_up, codebook))
     assert code.count("async_compile.cpp_pybinding(") == 1
 
 

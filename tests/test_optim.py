@@ -1,7 +1,10 @@
 """PagedAdamW: `torch.optim.AdamW` to the bit, whatever the pages, and the traffic counted to the byte."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from minqlora import optim
 from minqlora.optim import PagedAdamW
@@ -207,6 +212,130 @@ def test_two_pages_in_a_row_use_different_slots(monkeypatch):
     assert len(addresses) == 3 + 1 + 1 + 4 + 15 + 1 - 1  # two small parameters share a page
     assert all(a != b for a, b in zip(addresses, addresses[1:], strict=False))
     assert len(set(addresses)) == 2
+
+
+# -- streams -------------------------------------------------------------------------------------------------
+
+Clock = dict[str, int]  # of each stream, how many of its operations are known to be over
+
+
+class Streams(TorchDispatchMode):
+    """A device's streams without the device: notes which bytes each operation reads and writes on which
+    stream, and what is known to be over by then, and finds operations that nothing keeps in order.
+    """
+
+    def __init__(self, heeds_events: bool = True):
+        super().__init__()
+        self.heeds_events = heeds_events
+        self.host: Clock = {}
+        self.names = count()
+        self.current = self.Stream()
+        self.accesses: list[tuple[int, int, bool, str, int, Clock]] = []
+
+    def Stream(self) -> "Stream":  # noqa: N802
+        return Stream(self, str(next(self.names)))
+
+    def Event(self) -> "Event":  # noqa: N802
+        return Event(self)
+
+    def current_stream(self, device: torch.device) -> "Stream":
+        return self.current
+
+    @contextmanager
+    def stream(self, stream: "Stream") -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        arguments = func._schema.arguments
+        named = dict(zip((argument.name for argument in arguments), args, strict=False)) | (kwargs or {})
+        is_view = any(out.alias_info and not out.alias_info.is_write for out in func._schema.returns)
+        if not is_view:
+            now = merged(self.host, self.current.clock)
+            now[self.current.name] = now.get(self.current.name, 0) + 1
+            self.current.clock = now
+            for argument in arguments:
+                writes = argument.alias_info is not None and argument.alias_info.is_write
+                for tensor in tree_leaves(named.get(argument.name)):
+                    if isinstance(tensor, Tensor):
+                        self._note(tensor, writes)
+        return result
+
+    def _note(self, tensor: Tensor, writes: bool) -> None:
+        name, clock, first = self.current.name, self.current.clock, tensor.data_ptr()
+        reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        last = first + (reach * tensor.itemsize if tensor.numel() else 0)
+        self.accesses.append((first, last, writes, name, clock[name], clock))
+
+    def races(self) -> int:
+        """How many pairs of operations touch the same bytes, one of them writing, in no order."""
+        return sum(
+            first < other_last
+            and other_first < last
+            and (writes or other_writes)
+            and stream != other_stream
+            and clock.get(other_stream, 0) < other_count
+            for i, (first, last, writes, stream, _, clock) in enumerate(self.accesses)
+            for other_first, other_last, other_writes, other_stream, other_count, _ in self.accesses[:i]
+        )
+
+
+@dataclass
+class Stream:
+    """A stream of `Streams`; what it records is itself as it then was."""
+
+    device: Streams
+    name: str
+    clock: Clock = field(default_factory=dict)
+
+    def record_event(self) -> "Stream":
+        return replace(self, clock=dict(self.clock))
+
+    def wait_event(self, event: "Stream") -> None:
+        if self.device.heeds_events:
+            self.clock = merged(self.clock, event.clock)
+
+    wait_stream = wait_event
+
+
+@dataclass
+class Event:
+    """An event of `Streams` that the host waits for."""
+
+    device: Streams
+    clock: Clock = field(default_factory=dict)
+
+    def record(self, stream: Stream) -> None:
+        self.clock = stream.clock
+
+    def synchronize(self) -> None:
+        if self.device.heeds_events:
+            self.device.host = merged(self.device.host, self.clock)
+
+
+def merged(*clocks: Clock) -> Clock:
+    return {name: max(clock.get(name, 0) for clock in clocks) for clock in clocks for name in clock}
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("heeds_events", [True, False])
+def test_streams_never_touch_the_same_bytes_out_of_order(
+    heeds_events: bool, bits: int, monkeypatch: pytest.MonkeyPatch
+):
+    params = [nn.Parameter(randn(*shape)) for shape in ((64, 65), (7,), (3, 5))]
+    optimizer = PagedAdamW(params, bits=bits, paged="always", page_bytes=1024 * bits // 8)
+    streams = Streams(heeds_events)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
+    give_gradients(params, 1)
+    optimizer.step()  # which makes the moments, on the host alone
+    optimizer._stagings.clear()
+    with streams:
+        for _ in range(2):
+            optimizer.step()
+    assert len({stream for _, _, _, stream, _, _ in streams.accesses}) == 3
+    assert (streams.races() == 0) == heeds_events
 
 
 # -- moments of 8 bits ---------------------------------------------------------------------------------------
