@@ -249,7 +249,17 @@ def test_compiled_decoding_is_one_kernel(look_up: str):
 
 
 @inductor
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("look_up", "dtype"),
+    [
+        ("gather", torch.float32),
+        ("gather", torch.float16),
+        ("gather", torch.bfloat16),
+        ("pairs", torch.bfloat16),
+        ("tree", torch.bfloat16),
+    ],
+    indirect=["look_up"],
+)
 def test_compiled_product_of_one_token_writes_no_decoded_weight(dtype: torch.dtype, look_up: str):
     packed, scales, codebook, *_ = parts = pack((12, 4096))
     frame = randn(1, 4097).to(dtype)  # x begins where no eight bytes do
