@@ -17,8 +17,9 @@ from minqlora import LoRALinear, NF4Tensor, add_lora, load_model
 from minqlora.architecture import both_spellings, read_architecture
 from minqlora.attention import KVCache, StepCache
 from minqlora.generate import RecordedStep
+from minqlora.lora import lora_layers
 from minqlora.loss import supervised_loss
-from minqlora.model import CausalLM
+from minqlora.model import CausalLM, compile_blocks
 
 T = 40
 
@@ -239,6 +240,27 @@ def test_steps_of_fixed_shapes_are_those_of_a_growing_cache(
         assert cache.length == growing.length == T
         with pytest.raises(ValueError, match="has room for"):
             step(token)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "changes"), CASES)
+def test_compiled_blocks_train_as_eager_ones_do(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    write_model(tmp_path, family, changes)
+    found = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        ours = load_model(tmp_path, dtype=torch.float32)
+        add_lora(ours, r=2, dropout=0.1)
+        for layer in lora_layers(ours).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+        if compiled:
+            torch._dynamo.reset()
+            compile_blocks(ours, "aot_eager")
+        ours.train().model(ids(1, 7), [T - 5, 5]).square().sum().backward()
+        found.append([p.grad for p in ours.parameters() if p.grad is not None])
+    assert found[0]
+    for a, b in zip(*found, strict=True):
+        assert relative_difference(a, b) <= 1e-5
 
 
 def room(model: CausalLM, rows: int) -> tuple:
