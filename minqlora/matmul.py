@@ -288,9 +288,10 @@ def multiply_fused(
     look_up = _look_up_for(codebook)
     shape = 2 * len(packed) // x.shape[1], x.shape[1]
     multiply = compiled_multiply(shape, block_size, nested_block_size, nested_first, x.dtype, look_up)
-    if x.storage_offset() * x.itemsize % 8:  # it is read eight bytes at a time
-        x = x.clone()
-    eights, words = x[0].view(torch.int64), packed.view(torch.int32)
+    row = x[0].contiguous()
+    if row.storage_offset() * row.itemsize % 8:  # it is read eight bytes at a time
+        row = row.clone()
+    eights, words = row.view(torch.int64), packed.view(torch.int32)
     with torch.no_grad():
         return multiply(eights, words, scales, levels_for(look_up, codebook))[None]
 
@@ -480,10 +481,10 @@ def time_look_ups(device: torch.device, n: int = 2**24) -> dict[str, float]:
 
 
 def returned(y: Tensor) -> Tensor:
-    """Return y as the forward of an autograd function has to which changed or only passed it on.
+    """Return what an autograd function's forward may return for a y that it changed in place, or cast to the
+    dtype that it had.
 
-    Compiled by torch 2.11, such a result has gradients of zero, without a word; a view of it has the right
-    ones. To eager mode it is y itself.
+    Compiled by torch 2.11, y itself has gradients of zero, without a word; a view of it has the right ones.
     """
     return y.view_as(y) if torch.compiler.is_compiling() else y
 
@@ -571,10 +572,11 @@ def _is_single(x: Tensor) -> bool:
     return len(x) == 1 and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
-def _is_read_by_words(device: torch.device, codebook: Tensor, n_columns: int, block_size: int) -> bool:
-    # By an accelerator with a compiler: eight codes of a row and of a block are a word.
+def _is_read_by_words(packed: Tensor, codebook: Tensor, n_columns: int, block_size: int) -> bool:
+    # By an accelerator with a compiler: eight codes of a row and of a block are a word, where words begin.
     is_whole = codes_per_byte(codebook) == 2 and n_columns % 8 == block_size % 8 == 0
-    return device.type != "cpu" and is_whole and fastest_look_up(device) is not None
+    is_whole = is_whole and packed.storage_offset() % 4 == 0
+    return packed.device.type != "cpu" and is_whole and fastest_look_up(packed.device) is not None
 
 
 def _multiply_transposed(grad_y: Tensor, n_columns: int, tiles: Tiles) -> Tensor:
@@ -614,7 +616,7 @@ def _nf4_forward_now(
     nested_block_size: int,
     nested_first: int,
 ) -> Tensor:
-    if len(x) == 1 and x.itemsize <= 4 and _is_read_by_words(x.device, codebook, n_columns, block_size):
+    if len(x) == 1 and x.itemsize <= 4 and _is_read_by_words(packed, codebook, n_columns, block_size):
         return multiply_fused(x, packed, scales, codebook, block_size, nested_block_size, nested_first)
     sizes = (n_rows, n_columns, block_size, nested_block_size, nested_first)
     tile = TILE // 2 if _is_single(x) else TILE  # decoded in one run, by the cores that will read it

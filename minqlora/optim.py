@@ -340,12 +340,14 @@ class _Update(NamedTuple):
 def _in_pages(pieces: list[_Update], room: int) -> Iterator[list[_Update]]:
     # In their order, as many together as have so much room and are updated alike; at least one.
     page: list[_Update] = []
+    taken = 0
     for piece in pieces:
         is_alike = page and piece.step == page[0].step and piece.group is page[0].group
-        if page and not (is_alike and sum(other.room for other in page) + piece.room <= room):
+        if page and not (is_alike and taken + piece.room <= room):
             yield page
-            page = []
+            page, taken = [], 0
         page.append(piece)
+        taken += piece.room
     if page:
         yield page
 
