@@ -18,7 +18,7 @@ from minqlora import NF4Tensor, add_lora, load_model
 from minqlora.attention import Documents, KVCache, attend_to_documents
 from minqlora.generate import RecordedStep, generate_batch
 from minqlora.matmul import LOOK_UPS, compiled_decode, fastest_look_up, levels_for
-from minqlora.model import compile_blocks
+from minqlora.model import Block, compile_blocks
 
 DOCUMENTS = [[20, 13], [30, 5], [7, 9, 11], [31], [21, 13]]  # of packed rows
 WHERE = os.environ.get("MINQLORA_GPU_TESTS_ON", "cuda")
@@ -196,3 +196,5 @@ def test_steps_that_are_recorded_write_what_others_write(device, tiny_model: Pat
         assert generate_batch(model, prompts, max_new_tokens=chapter.WORTH_RECORDING) == recorded
     step = RecordedStep(model, KVCache(model.arch, 1, 8, torch.float32, device))
     assert step.graph is not None
+    block = model.model.layers[0]
+    assert block.compiled_step and block.compiled_step[0] is not Block.enter  # nothing was left eager
