@@ -468,8 +468,10 @@ def compile_blocks(model: CausalLM, backend: str | Callable[..., Any] = "inducto
 def compile_steps(model: CausalLM, backend: str | Callable[..., Any] = "inductor") -> None:
     """Let steps with a `StepCache` be compiled likewise, once: eager, they are some thirty small kernels a
     block besides the products. Numbers are rounded as in eager mode, so answers do not change."""
+    if all(block.compiled_step for block in _blocks(model)):
+        return
     for block, parts in _compiled_parts(model, backend, {"emulate_precision_casts": True}):
-        block.compiled_step = block.compiled_step or parts
+        block.compiled_step = parts
 
 
 def leave_steps_eager(model: CausalLM) -> None:
